@@ -1,0 +1,40 @@
+# Two commands do everything on a machine with Python and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SETUP  := settings.ini setup.py pyproject.toml
+
+.PHONY: demo test test-slow check lab readme clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(SETUP) | $(BIN)/python
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(SETUP) | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed              ## pretrain a small ResNet on handwritten digits and measure it
+	$(BIN)/python tools/demo.py
+
+test: $(VENV)/.installed-dev          ## everything that must hold before a change lands
+	$(BIN)/python tools/test.py
+
+test-slow: $(VENV)/.installed-dev     ## the tests marked slow
+	$(BIN)/python -m pytest -q -m slow tests
+
+check: $(VENV)/.installed-dev         ## are the package and README what the notebooks give?
+	$(BIN)/python tools/drift.py
+
+readme: $(VENV)/.installed-dev        ## compile the notebooks: package and README
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
+
+lab: $(VENV)/.installed-dev           ## notebooks in the browser
+	$(BIN)/python -m pip install -q jupyterlab
+	$(BIN)/jupyter lab nbs
+
+clean:                                ## everything that these commands made
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
