@@ -240,8 +240,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'self_supervised_swav.swav.SWAV._scratch': ( 'swav.html#swav._scratch',
                                                                                         'self_supervised_swav/swav.py'),
                                            'self_supervised_swav.swav.SWAV._step': ('swav.html#swav._step', 'self_supervised_swav/swav.py'),
-                                           'self_supervised_swav.swav.SWAV._unit_prototypes': ( 'swav.html#swav._unit_prototypes',
-                                                                                                'self_supervised_swav/swav.py'),
                                            'self_supervised_swav.swav.SWAV._weight': ( 'swav.html#swav._weight',
                                                                                        'self_supervised_swav/swav.py'),
                                            'self_supervised_swav.swav.SWAV.after_fit': ( 'swav.html#swav.after_fit',

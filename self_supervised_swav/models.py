@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['create_mlp_module', 'Prototypes', 'SwAVModel', 'create_swav_model']
 
-# %% ../nbs/10_models.ipynb #7823c6b0
+# %% ../nbs/10_models.ipynb #97ba11bd
 from contextlib import nullcontext
 from itertools import groupby
 
 import torch, torch.nn.functional as F
 from torch import nn
+from .queue import FeatureQueue
 
 # %% ../nbs/10_models.ipynb #3ff731be
 def _check_sizes(**sizes):
@@ -66,7 +67,7 @@ class Prototypes(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         self.normalize_()
 
-# %% ../nbs/10_models.ipynb #f93b26db
+# %% ../nbs/10_models.ipynb #e6a6ce55
 class SwAVModel(nn.Module):
     "Embeddings and prototype scores of crops"
     def __init__(self,
@@ -77,6 +78,7 @@ class SwAVModel(nn.Module):
     ):
         super().__init__()
         self.encoder,self.projector,self.prototypes,self.n_in = encoder,projector,prototypes,n_in
+        self.queue = FeatureQueue()  # empty; a method that wants one sizes it, and it is saved and loaded with the weights
 
     def forward(self,
         x # One batch of images, or a list of crops of them
