@@ -52,6 +52,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'self_supervised_swav/models.py'),
                                              'self_supervised_swav.models._probe': ('models.html#_probe', 'self_supervised_swav/models.py'),
                                              'self_supervised_swav.models._sizes': ('models.html#_sizes', 'self_supervised_swav/models.py'),
+                                             'self_supervised_swav.models._to': ('models.html#_to', 'self_supervised_swav/models.py'),
                                              'self_supervised_swav.models._try_sizes': ( 'models.html#_try_sizes',
                                                                                          'self_supervised_swav/models.py'),
                                              'self_supervised_swav.models.create_mlp_module': ( 'models.html#create_mlp_module',
