@@ -96,7 +96,7 @@ class SwAVModel(nn.Module):
 
 def _cat(xs): return xs[0] if len(xs) == 1 else torch.cat(xs)
 
-# %% ../nbs/10_models.ipynb #976c89f5
+# %% ../nbs/10_models.ipynb #b3e29a93
 def create_swav_model(
     encoder:nn.Module, # Images (B,C,H,W) to features (B,n), for instance from `create_encoder`
     hidden_size:int=256, # Width of the projector's hidden layers
@@ -112,7 +112,11 @@ def create_swav_model(
         n_in,features = _probe(encoder)
         projector = create_mlp_module(features.shape[1], hidden_size, projection_size, bn=bn, nlayers=nlayers)
         prototypes = Prototypes(projection_size, n_protos)
-    return SwAVModel(encoder, projector.to(features), prototypes.to(features.device), n_in)
+    return SwAVModel(encoder, _to(projector, features.device, features.dtype), _to(prototypes, features.device, torch.float32), n_in)
+
+def _to(module, device, dtype):
+    "`module.to`, but only where there is something to convert"
+    return module if all((p.device,p.dtype) == (device,dtype) for p in module.parameters()) else module.to(device, dtype)
 
 @torch.no_grad()
 def _probe(encoder):
