@@ -77,6 +77,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'self_supervised_swav/augment.py'),
                                               'self_supervised_swav.augment._fallback_box': ( 'augment.html#_fallback_box',
                                                                                               'self_supervised_swav/augment.py'),
+                                              'self_supervised_swav.augment._is_image': ( 'augment.html#_is_image',
+                                                                                          'self_supervised_swav/augment.py'),
                                               'self_supervised_swav.augment._is_real': ( 'augment.html#_is_real',
                                                                                          'self_supervised_swav/augment.py'),
                                               'self_supervised_swav.augment._largest_box': ( 'augment.html#_largest_box',
