@@ -106,7 +106,7 @@ def _timm_model(arch, pretrained, **kwargs):
         if not pretrained: raise
         raise _no_weights(arch, e) from e
 
-# %% ../nbs/09_encoders.ipynb #f126937a
+# %% ../nbs/09_encoders.ipynb #f331cedd
 def create_fastai_encoder(
     arch, # Function of an architecture of fastai or torchvision, or its name
     n_in:int=3, # Channels of the images
@@ -129,11 +129,11 @@ def create_fastai_encoder(
     if small_images: _small_stem(model, name)
     try: body = create_body(model, n_in, pretrained, cut=_cut(model))
     except StopIteration:
-        raise ValueError(f"arch={name!r} has no pooling to cut at; take timm's model of that family by its name") from None
+        raise ValueError(f"arch={name!r} has no pooling to cut at; take timm's model of that family by name") from None
     return nn.Sequential(body, SelectAdaptivePool2d(pool_type=pool_name, flatten=True))
 
 def _cut(model):
-    "Index of the first child after the feature map in torchvision's models; None: fastai's rule, the last one that pools"
+    "Where the head of a torchvision model begins; None leaves fastai its rule, the last child that pools"
     return next((i for i,(n,_) in enumerate(model.named_children()) if n in ('avgpool','classifier','fc')), None)
 
 def _fastai_archs():

@@ -67,7 +67,7 @@ class Prototypes(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         self.normalize_()
 
-# %% ../nbs/10_models.ipynb #920bb977
+# %% ../nbs/10_models.ipynb #2d22ff42
 class SwAVModel(nn.Module):
     "Embeddings and prototype scores of crops"
     def __init__(self,
@@ -87,7 +87,7 @@ class SwAVModel(nn.Module):
         if not crops: raise ValueError("crops must be a tensor or a list of at least one, got an empty list")
         for i,o in enumerate(crops):
             if self.n_in and o.shape[1] != self.n_in:
-                raise ValueError(f"images must have the {self.n_in} channel(s) of the encoder, got crop {i} of {tuple(o.shape)}")
+                raise ValueError(f"images must have the encoder's {self.n_in} channel(s), got crop {i} of {tuple(o.shape)}")
         runs = [list(g) for _,g in groupby(crops, key=lambda o: o.shape[-2:])]
         z = self.projector(_cat([self.encoder(_cat(o)) for o in runs]))
         with _no_autocast(z.device): z = F.normalize(z.float(), dim=1)
@@ -95,7 +95,7 @@ class SwAVModel(nn.Module):
 
 def _cat(xs): return xs[0] if len(xs) == 1 else torch.cat(xs)
 
-# %% ../nbs/10_models.ipynb #992a4662
+# %% ../nbs/10_models.ipynb #81d98f4f
 def create_swav_model(
     encoder:nn.Module, # Images (B,C,H,W) to features (B,n), for instance from `create_encoder`
     hidden_size:int=256, # Width of the projector's hidden layers
@@ -105,7 +105,7 @@ def create_swav_model(
     nlayers:int=2 # Linear layers of the projector
 ) -> SwAVModel:
     "SwAV model around `encoder`, on its device"
-    if not isinstance(encoder, nn.Module): raise TypeError(f"encoder must be an nn.Module, got {type(encoder).__name__}")
+    if not isinstance(encoder, nn.Module): raise TypeError(f"encoder must be a Module, got {type(encoder).__name__}")
     _check_sizes(hidden_size=hidden_size, projection_size=projection_size, n_protos=n_protos, nlayers=nlayers)
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         n_in,features = _probe(encoder)

@@ -43,7 +43,8 @@ def test_documented_fastai_example():
 
 def test_signature():
     defaults = {n:p.default for n,p in inspect.signature(create_swav_model).parameters.items()}
-    assert defaults == dict(encoder=inspect._empty, hidden_size=256, projection_size=128, n_protos=3000, bn=True, nlayers=2)
+    assert defaults.pop('encoder') is inspect._empty
+    assert defaults == dict(hidden_size=256, projection_size=128, n_protos=3000, bn=True, nlayers=2)
 
 # --- forward
 
@@ -87,8 +88,9 @@ def test_gradients_reach_every_part():
 def test_channels_last():
     model, xs = small_model().to(memory_format=torch.channels_last).eval(), crops()
     seen = []
-    model.encoder.register_forward_hook(lambda m,i,o: seen.append(i[0].is_contiguous(memory_format=torch.channels_last)))
-    out = model([x.to(memory_format=torch.channels_last) for x in xs])
+    last = dict(memory_format=torch.channels_last)
+    model.encoder.register_forward_hook(lambda m,i,o: seen.append(i[0].is_contiguous(**last)))
+    out = model([x.to(**last) for x in xs])
     assert seen == [True,True]
     torch.testing.assert_close(out, model(xs), rtol=1e-4, atol=1e-5)
 
@@ -107,7 +109,7 @@ def test_compiled_encoder():
 
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
 def test_float32_under_autocast(dtype):
-    "The encoder runs in `dtype`, normalisation and scores in float32, exactly what float32 gives from the same features"
+    "The encoder runs in `dtype`, normalisation and scores in float32, as if the features were float32"
     model, xs, seen = small_model().eval(), crops(), []
     model.projector.register_forward_hook(lambda m,i,o: seen.append(o))
     with torch.autocast('cpu', dtype=dtype): embedding, output = model(xs)
@@ -192,7 +194,7 @@ def test_state_dict():
 def test_projector():
     kinds = lambda m: [type(o).__name__ for o in m]
     mlp = create_mlp_module(512, 64, 16)
-    assert kinds(mlp) == ['Linear', 'BatchNorm1d', 'ReLU', 'Linear']  # and so the names of the paper's published weights
+    assert kinds(mlp) == ['Linear', 'BatchNorm1d', 'ReLU', 'Linear']  # as in the paper's published weights
     assert [tuple(o.weight.shape) for o in mlp if isinstance(o, nn.Linear)] == [(64,512), (16,64)]
     assert kinds(create_mlp_module(512, 64, 16, bn=False, nlayers=3)) == ['Linear', 'ReLU', 'Linear', 'ReLU', 'Linear']
     assert kinds(create_mlp_module(512, 64, 16, nlayers=1)) == ['Linear']
@@ -261,7 +263,7 @@ class Wrong(nn.Module):
     def forward(self, x): return self.f(x)
 
 @pytest.mark.parametrize('error,match,encoder,kwargs', [
-    (TypeError, 'encoder must be an nn.Module, got str', 'resnet18', {}),
+    (TypeError, 'encoder must be a Module, got str', 'resnet18', {}),
     (ValueError, r'shape \(2,n\), got \(2, 4, 62, 62\)', nn.Conv2d(3,4,3), {}),
     (ValueError, r'shape \(2,n\), got tuple', Wrong(lambda x: (x.mean((2,3)), x)), {}),
     (ValueError, r'shape \(2,n\), got \(1, 12\)', Wrong(lambda x: torch.zeros(1,12)), {}),
@@ -276,6 +278,6 @@ def test_errors(error, match, encoder, kwargs):
 
 def test_forward_errors():
     model = small_model()
-    with pytest.raises(ValueError, match=r'must have the 3 channel\(s\) of the encoder, got crop 1 of \(2, 1, 32, 32\)'):
+    with pytest.raises(ValueError, match=r"the encoder's 3 channel\(s\), got crop 1 of \(2, 1, 32, 32\)"):
         model([torch.randn(2,3,32,32), torch.randn(2,1,32,32)])
     with pytest.raises(ValueError, match='empty list'): model([])
