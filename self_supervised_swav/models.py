@@ -67,7 +67,7 @@ class Prototypes(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         self.normalize_()
 
-# %% ../nbs/10_models.ipynb #2d22ff42
+# %% ../nbs/10_models.ipynb #c82e1f19
 class SwAVModel(nn.Module):
     "Embeddings and prototype scores of crops"
     def __init__(self,
@@ -87,7 +87,8 @@ class SwAVModel(nn.Module):
         if not crops: raise ValueError("crops must be a tensor or a list of at least one, got an empty list")
         for i,o in enumerate(crops):
             if self.n_in and o.shape[1] != self.n_in:
-                raise ValueError(f"images must have the encoder's {self.n_in} channel(s), got crop {i} of {tuple(o.shape)}")
+                raise ValueError(f"images must have the encoder's {self.n_in} channel(s), "
+                                 f"got crop {i} of {tuple(o.shape)}")
         runs = [list(g) for _,g in groupby(crops, key=lambda o: o.shape[-2:])]
         z = self.projector(_cat([self.encoder(_cat(o)) for o in runs]))
         with _no_autocast(z.device): z = F.normalize(z.float(), dim=1)
