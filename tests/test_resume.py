@@ -17,6 +17,7 @@ from fastai.optimizer import Adam, OptimWrapper, ranger
 from fastai.torch_core import set_seed
 from torch import nn
 
+from helpers import digits, seed_all, small_augs, small_learner
 from self_supervised_swav import resume
 from self_supervised_swav.optimizer import lars
 from self_supervised_swav.resume import ResumeTraining, _read_last, _write
@@ -222,6 +223,27 @@ def test_a_crash_leaves_the_learner_usable(tmp_path):
     assert '_with_events' not in vars(learn)
     learn.fit(1)
     assert len(learn.recorder.values) == 1
+
+
+def make_swav(path, seed=0, every=2, nw=0, **kwargs):
+    "SwAV on digits: random crops, a queue that is in use from the middle of the second epoch, prototypes frozen for the first"
+    learn = small_learner(seed=seed, dls=digits(100, bs=16, num_workers=nw, after_item=None), n_protos=12, K=20, queue_start_pct=0.5, freeze_protos_pct=1/3,
+                          cbs=[ResumeTraining(path, every=every)], learner=dict(path=Path(path).parent, opt_func=lars, lr=0.6))
+    seed_all(seed)
+    return learn
+
+@pytest.mark.parametrize('every,cuts', [(1, [4, 6, 2]), (None, [8, 13])])
+def test_swav(tmp_path, monkeypatch, every, cuts):
+    monkeypatch.setitem(globals(), 'make', make_swav)
+    learn = assert_resumes(tmp_path, lambda l: l.fit_warmup_cos(3, 0.6, warmup=1), cuts, every=every)
+    assert learn.model.queue.n_pushed == 3*5*16 and learn.recorder.losses[-1].isfinite()
+
+def test_swav_with_other_crops_is_refused(tmp_path):
+    learn = make_swav(tmp_path/'last.pth'); cut_after(learn, 3)
+    with pytest.raises(PowerCut): learn.fit(1)
+    learn = make_swav(tmp_path/'last.pth')
+    learn.swav.aug_pipelines = small_augs(crop_sizes=(16, 8)); learn.swav.temp = 0.2
+    with pytest.raises(ValueError, match=r'(?s)swav.aug_pipelines: .*swav.temp: 0.1 in the file, 0.2 here'): learn.fit(1)
 
 
 # ---- refusing
