@@ -1,4 +1,4 @@
-import gzip, struct, warnings
+import gzip, struct
 import numpy as np, pytest, torch
 from pathlib import Path
 from PIL import Image
@@ -12,7 +12,7 @@ from fastai.torch_core import TensorImage, TensorImageBW
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImageBW
 from fasttransform import Transform
-from self_supervised_swav.data import (OpenImage, TensorDL, UnlabeledImageBlock, check_images, digits_dls, fashion_mnist_dls, no_targets,
+from self_supervised_swav.data import (OpenImage, UnlabeledImageBlock, check_images, digits_dls, fashion_mnist_dls, no_targets,
                                        read_idx, swav_dls, tensor_dls)
 
 rng = np.random.default_rng(0)
