@@ -8,8 +8,8 @@ __all__ = ['swapped_loss']
 # %% ../nbs/01_losses.ipynb #94eae3d9
 import torch
 
-# %% ../nbs/01_losses.ipynb #cda384b0
-_N_CACHE = 1<<16  # entries of a block of rows that stays in the cache
+# %% ../nbs/01_losses.ipynb #afbf524b
+_N_CACHE = 1<<18  # entries of a block of rows that stays in the cache
 
 class _SwappedLoss(torch.autograd.Function):
     "Value and gradient in one pass over the scores"
@@ -42,22 +42,22 @@ def _loss_and_grad(scores, codes, assign_ids, temp, grad=None):
     "The loss; its gradient is written into `grad` where one is given"
     (V,B,K),A = scores.shape,len(assign_ids)
     scale = 1/(A*(V-1)*B)
-    n = max(1, _N_CACHE//K) if scores.device.type=='cpu' else B
+    n = max(1, _N_CACHE//K) if scores.device.type=='cpu' else max(1, B)
     total = scores.new_zeros(())
-    for b in range(0, B, n):
+    for i in range(0, B, n):
+        s,q = scores[:,i:i+n],codes[:,i:i+n]
+        every = q.sum(0)
         for v in range(V):
-            targets = [codes[a,b:b+n] for a,i in enumerate(assign_ids) if i!=v]
-            if not targets:
-                if grad is not None: grad[v,b:b+n] = 0
+            others = [a for a in range(A) if assign_ids[a]!=v]
+            if not others:  # the only assigned crop predicts nothing
+                if grad is not None: grad[v,i:i+n] = 0
                 continue
-            t = targets[0] if len(targets)==1 else sum(targets[1:], targets[0])
-            x = scores[v,b:b+n]/temp
-            mass,top = t.sum(1, keepdim=True),x.amax(1, keepdim=True)
-            fit = torch.linalg.vecdot(t, x).sum()
-            p = torch.sub(x, top, out=grad[v,b:b+n] if grad is not None else x).exp_()
+            t = every if len(others)==A else q[others[0]] if len(others)==1 else q[others].sum(0)
+            mass,top = t.sum(1, keepdim=True),s[v].amax(1, keepdim=True).mul_(1/temp)
+            p = torch.add(-top, s[v], alpha=1/temp, out=grad[v,i:i+n] if grad is not None else None).exp_()
             norm = p.sum(1, keepdim=True)
-            total += (mass*(norm.log()+top)).sum() - fit
-            if grad is not None: p.mul_(mass/norm).sub_(t).mul_(scale/temp)
+            total += (mass*(norm.log()+top)).sum() - torch.linalg.vecdot(t, s[v]).sum()/temp
+            if grad is not None: p.mul_(mass/norm*(scale/temp)).sub_(t, alpha=scale/temp)
     return total.mul_(scale)
 
 # %% ../nbs/01_losses.ipynb #fa7bf223

@@ -9,15 +9,15 @@ __all__ = ['sinkhorn']
 import torch
 import torch.distributed as dist
 
-# %% ../nbs/00_sinkhorn.ipynb #67528650
+# %% ../nbs/00_sinkhorn.ipynb #32210b1c
 _MAX_RANGE = {torch.float32: 68., torch.float64: 650.}  # of scores/eps, for plain arithmetic
-_N_CACHE = 1<<17  # entries of a block that stays in a core's cache between the steps that read it
+_N_CACHE = 1<<19  # entries of a block that stays in the cache between the steps that read it
 _N_BLOCK = 1<<24  # the same where memory is fast and launches are dear: a bound on temporaries
 
-def _row_blocks(x):
-    "Slices over the rows of `x`, each small enough to be worked on in one place"
-    n = max(1, (_N_CACHE if x.device.type=='cpu' else _N_BLOCK)//max(1, x.shape[1]))
-    return [slice(i, i+n) for i in range(0, x.shape[0], n)]
+def _blocks(x, *others):
+    "Rows of `x` and of the tensors beside it, in blocks small enough to be worked on in one place"
+    n = max(1, (_N_CACHE if x.device.type=='cpu' else _N_BLOCK)//x.shape[1])
+    return list(zip(*(o.split(n) for o in (x,*others))))
 
 def _column_scale(mass):
     "The `u` that makes the columns even, given their sums, up to the constant that makes it sum to 1"
@@ -28,48 +28,55 @@ def _all_reduce(x, group, op=dist.ReduceOp.SUM):
     if group is not None: dist.all_reduce(x, op, group=group)
     return x
 
-# %% ../nbs/00_sinkhorn.ipynb #e74d160d
+# %% ../nbs/00_sinkhorn.ipynb #8e2e7cb5
 def _plain(S, eps, n_iters, mid, group, Q):
     "Write the codes of `S` into `Q`; entries of exp((S-mid)/eps) must be representable"
-    blocks,mass = _row_blocks(S),S.new_zeros(S.shape[1])
-    for b in blocks: mass += torch.sub(S[b], mid, out=Q[b]).mul_(1/eps).exp_().sum(0)
+    blocks,shift,mass = _blocks(S, Q),S.new_full((), -mid/eps),S.new_zeros(S.shape[1])
+    for s,q in blocks: mass += torch.add(shift, s, alpha=1/eps, out=q).exp_().sum(0)
     u = _column_scale(_all_reduce(mass, group))
     for _ in range(n_iters-1):
         mass = torch.zeros_like(u)
-        for b in blocks: mass += (Q[b]@u).reciprocal_()@Q[b]
+        for _,q in blocks: mass += (q@u).reciprocal_()@q
         u = _column_scale(_all_reduce(mass, group))
-    for b in blocks: Q[b].mul_(u).div_(Q[b].sum(1, keepdim=True))
+    _finish(blocks, u)
 
-# %% ../nbs/00_sinkhorn.ipynb #e27378dc
+def _finish(blocks, u):
+    "Scale columns by `u`, then every row to the sum 1"
+    for _,q,*_ in blocks: q.mul_(u).mul_(q.sum(1, keepdim=True).reciprocal_())
+
+# %% ../nbs/00_sinkhorn.ipynb #707ccfed
 _N_PLAIN = 3  # plain turns between two turns in the log domain
 
-def _column_logsumexp(S, eps, g, blocks, group):
+def _column_logsumexp(blocks, eps, n_columns, group):
     "log sum_b exp(S[b]/eps + g[b]) of every column, over all ranks: (K,)"
-    top = S.new_full((S.shape[1],), -torch.inf)
-    for b in blocks: torch.maximum(top, torch.add(g[b,None], S[b], alpha=1/eps).amax(0), out=top)
+    top = blocks[0][0].new_full((n_columns,), -torch.inf)
+    for s,_,g,_ in blocks:
+        if len(s): torch.maximum(top, torch.add(g[:,None], s, alpha=1/eps).amax(0), out=top)
     _all_reduce(top, group, dist.ReduceOp.MAX)
     mass = torch.zeros_like(top)
-    for b in blocks: mass += torch.add(g[b,None], S[b], alpha=1/eps).sub_(top).exp_().sum(0)
+    for s,_,g,_ in blocks: mass += torch.add(g[:,None], s, alpha=1/eps).sub_(top).exp_().sum(0)
     return top + _all_reduce(mass, group).log_()
 
 def _stable(S, eps, n_iters, mid, group, Q):
     "Write the codes of `S` into `Q` for any range of `S/eps`"
-    blocks,g = _row_blocks(S),S.new_zeros(S.shape[0])
+    g,v = S.new_zeros(S.shape[0]),S.new_ones(S.shape[0])
+    blocks = _blocks(S, Q, g, v)
     while n_iters>0:
-        f = -_column_logsumexp(S, eps, g, blocks, group)
-        for b in blocks:
-            x = torch.add(f, S[b], alpha=1/eps)
-            g[b] = -x.logsumexp(1)
-            torch.softmax(x, 1, out=Q[b])
-        u,v = torch.ones_like(f),torch.ones_like(g)
+        f = -_column_logsumexp(blocks, eps, S.shape[1], group)
+        for s,q,g_,_ in blocks:
+            x = torch.add(f, s, alpha=1/eps)
+            g_.copy_(x.logsumexp(1)).neg_()
+            torch.softmax(x, 1, out=q)
+        u = torch.ones_like(f)
+        v.fill_(1)
         for _ in range(min(n_iters-1, _N_PLAIN)):
             mass = torch.zeros_like(u)
-            for b in blocks: mass += v[b]@Q[b]
+            for _,q,_,v_ in blocks: mass += v_@q
             u = _column_scale(_all_reduce(mass, group))
-            for b in blocks: v[b] = (Q[b]@u).reciprocal_()
+            for _,q,_,v_ in blocks: v_.copy_(q@u).reciprocal_()
         g += v.log()
         n_iters -= 1+_N_PLAIN
-    for b in blocks: Q[b].mul_(u).div_(Q[b].sum(1, keepdim=True))
+    _finish(blocks, u)
 
 # %% ../nbs/00_sinkhorn.ipynb #9b51f941
 @torch.no_grad()
