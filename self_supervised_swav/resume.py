@@ -198,31 +198,35 @@ def _get_grads(model): return [None if p.grad is None else _plain(p.grad) if p.g
 def _set_grads(model, grads):
     for p,g in zip(model.parameters(), grads): p.grad = None if g is None else torch.zeros_like(p) if g is False else g.to(p.device)
 
-# %% ../nbs/27_resume.ipynb #b6917757
-def _describe(o):
-    try: return _plain(o, tensors=False)
+# %% ../nbs/27_resume.ipynb #6498893d
+def _describe(name, o):
+    "`o` in types that can be compared after writing and reading; a list of objects is taken apart"
+    try: return {name: _plain(o, tensors=False)}
     except TypeError: pass
-    name = getattr(o, '__qualname__', None) or getattr(o, '__name__', None)
-    text = name or re.sub(r' at 0x[0-9a-fA-F]+', '', str(o))
-    return text if len(text)<200 else f'{text[:150]}... {hashlib.sha1(text.encode()).hexdigest()[:8]}'
+    if isinstance(o, (list,tuple,L)): return {k: v for i,x in enumerate(o) for k,v in _describe(f'{name}[{i}]', x).items()}
+    text = getattr(o, '__qualname__', None) or getattr(o, '__name__', None) or re.sub(r' at 0x[0-9a-fA-F]+', '', str(o))
+    return {name: text if len(text)<1000 else f'{text[:900]}... (sha1 {hashlib.sha1(text.encode()).hexdigest()[:8]})'}
 
-def _get_settings(learn,
-    first # Is this the first fit of the script? A later one inherits momenta and the like from the one before
-):
+def _get_settings(learn, first):
+    "What must not change; the `first` fit of a script alone answers for all hyper-parameters, others inherit some"
     dl,opt = learn.dls.train,learn.opt
     s = dict(n_epoch=learn.n_epoch, batches=len(dl), valid_batches=len(learn.dls.valid), items=len(dl.dataset),
              batch_size=getattr(dl, 'bs', getattr(dl, 'batch_size', None)), num_workers=getattr(dl, 'fake_l', dl).num_workers,
-             processes=dist.get_world_size() if dist.is_initialized() else 1, loss_func=getattr(learn.loss_func, '__qualname__', type(learn.loss_func).__name__),
-             opt=type(getattr(opt, 'opt', opt)).__name__)
+             processes=dist.get_world_size() if dist.is_initialized() else 1,
+             loss_func=getattr(learn.loss_func, '__qualname__', type(learn.loss_func).__name__), opt=type(getattr(opt, 'opt', opt)).__name__)
     for o in ('shuffle','drop_last'): s[o] = getattr(dl, o, None)
-    for i,h in enumerate(opt.hypers): s.update({f'opt.{k} of group {i}': _describe(v) for k,v in h.items() if first or k in ('lr','wd')})
+    for i,h in enumerate(opt.hypers):
+        for k,v in h.items():
+            if first or k in ('lr','wd'): s.update(_describe(f'opt.{k} of group {i}', v))
     s['trainable'] = sum(p.requires_grad for p in learn.model.parameters())
-    for k,v in get_model(learn.model).state_dict().items(): s[f'model.{k}'] = f'{tuple(v.shape)} {v.dtype}' if isinstance(v, torch.Tensor) else type(v).__name__
+    for k,v in get_model(learn.model).state_dict().items():
+        s[f'model.{k}'] = f'{tuple(v.shape)} {v.dtype}' if isinstance(v, torch.Tensor) else type(v).__name__
     cbs = [cb for cb in learn.cbs.sorted('order') if not isinstance(cb, (ResumeTraining,ProgressCallback))]
     s['callbacks'] = sorted(cb.name for cb in cbs)
     for cb in cbs:
-        if isinstance(cb, ParamScheduler): s.update({f'{k} at {10*i} %': _describe(f(i/10)) for k,f in cb.scheds.items() for i in range(10)})
-        else: s.update({f'{cb.name}.{o}': _describe(vars(cb)[o]) for o in signature(type(cb).__init__).parameters if o in vars(cb)})
+        if isinstance(cb, ParamScheduler): args = {f'{k} at {10*i} %': f(i/10) for k,f in cb.scheds.items() for i in range(10)}
+        else: args = {f'{cb.name}.{o}': vars(cb)[o] for o in signature(type(cb).__init__).parameters if o in vars(cb)}
+        for k,v in args.items(): s.update(_describe(k, v))
     return s
 
 def _compare(path, saved, here):
@@ -232,7 +236,7 @@ def _compare(path, saved, here):
     if len(keys)>20: said.append(f'  ... and {len(keys)-20} more')
     raise ValueError('\n'.join([f"{path} was written by another fit; repeat its settings, or delete it to start anew:", *said]))
 
-# %% ../nbs/27_resume.ipynb #85bc2a7f
+# %% ../nbs/27_resume.ipynb #7b15fd0c
 class ResumeTraining(Callback):
     "Write everything that the fit depends on to `path`, and go on from there if it exists"
     order,remove_on_fetch = SaveModelCallback.order+100,True   # after everything that changes the model at the end of a fit
@@ -242,7 +246,8 @@ class ResumeTraining(Callback):
     ):
         self.file = Path(path)
         if self.file.is_dir(): raise ValueError(f"path must be a file, got the folder {path}")
-        if every is not None and not (isinstance(every, int) and every>0): raise ValueError(f"every must be a positive number of batches or None, got {every}")
+        if every is not None and not (isinstance(every, int) and every>0):
+            raise ValueError(f"every must be a positive number of batches or None, got {every}")
         self.every,self.n_fit,self.at_work = every,0,False
 
     def before_fit(self):
