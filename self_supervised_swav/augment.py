@@ -7,8 +7,9 @@ __all__ = ['draw_boxes', 'FusedGenerator', 'resize_taps', 'dense', 'blur_band', 
            'FusedAugment', 'ExactAugment', 'BatchAugment', 'get_batch_augs', 'get_multi_aug_pipelines',
            'get_swav_aug_pipelines', 'multi_crop', 'normalize_images']
 
-# %% ../nbs/12_augment.ipynb #30b797b5
+# %% ../nbs/12_augment.ipynb #d38c705a
 import math
+from inspect import signature
 from itertools import groupby
 from numbers import Integral, Real
 
@@ -57,7 +58,7 @@ def _largest_box(h, w, scale, ratio):
     fh,fw = _fallback_box(h, w, ratio)
     return max(fh, min(bh,h)),max(fw, min(bw,w))
 
-# %% ../nbs/12_augment.ipynb #f6695dcf
+# %% ../nbs/12_augment.ipynb #5fd5f183
 class FusedGenerator(RandomGeneratorBase):
     "Draws the parameters of `FusedAugment`, on the CPU"
     def __init__(self, scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p, blur_p, blur_s):
@@ -65,7 +66,7 @@ class FusedGenerator(RandomGeneratorBase):
         store_attr()
 
     def make_samplers(self, device, dtype): pass # always the CPU's global generator
-    def __repr__(self): return ', '.join(f'{k}={getattr(self,k)}' for k in self.__stored_args__)
+    def __repr__(self): return ', '.join(f'{k}={getattr(self,k)}' for k in list(signature(self.__init__).parameters))
 
     def forward(self, batch_shape, same_on_batch=False, n=1):
         "`n` rows per image: row `v*len(batch)+i` is crop `v` of image `i`"

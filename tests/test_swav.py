@@ -273,6 +273,11 @@ def test_show_before_during_after(n_in):
     look(3)
     with pytest.raises(ValueError, match='n must be at least 1, got 0'): learn.swav.show(0)
 
+def test_print_augs(capsys):
+    SWAV(small_augs(), print_augs=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines)==3 and 'size=16' in lines[0] and 'size=10' in lines[2] and 'scale=(0.1, 0.4)' in lines[2]
+
 # --- the device, without one ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('K', [None,24])
 @pytest.mark.parametrize('hard', [False,True])
