@@ -402,6 +402,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'self_supervised_swav/resume.py'),
                                              'self_supervised_swav.resume._set_grads': ( 'resume.html#_set_grads',
                                                                                          'self_supervised_swav/resume.py'),
+                                             'self_supervised_swav.resume._set_opt': ( 'resume.html#_set_opt',
+                                                                                       'self_supervised_swav/resume.py'),
                                              'self_supervised_swav.resume._set_rng': ( 'resume.html#_set_rng',
                                                                                        'self_supervised_swav/resume.py'),
                                              'self_supervised_swav.resume._set_start': ( 'resume.html#_set_start',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResumeTraining']
 
-# %% ../nbs/27_resume.ipynb #125460a3
+# %% ../nbs/27_resume.ipynb #80a6a87f
 import hashlib, os, pickle, random, re, warnings, zipfile
 from contextlib import contextmanager
 from inspect import signature
@@ -18,9 +18,9 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback
 from fastai.data.load import DataLoader
 from fastai.learner import Recorder
-from fastai.torch_core import get_model, rank_distrib, set_seed
+from fastai.torch_core import get_model, rank_distrib, set_seed, to_device
 
-# %% ../nbs/27_resume.ipynb #a93c2303
+# %% ../nbs/27_resume.ipynb #0b747087
 def _get_rng():
     "States of the global random number generators"
     kind,keys,*rest = np.random.get_state()
@@ -32,19 +32,22 @@ def _set_rng(state):
     random.setstate(state['python']); np.random.set_state(state['numpy']); torch.set_rng_state(state['torch'])
     if 'cuda' in state: torch.cuda.set_rng_state(state['cuda'])
 
-def _get_start(dls): return dict(rng=_get_rng(), loaders=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in dls.loaders])
+def _get_start(dls):
+    "What the next pass over the data depends on"
+    return dict(rng=_get_rng(), loaders=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in dls.loaders])
 
 def _set_start(dls, start):
     _set_rng(start['rng'])
     for dl,state in zip(dls.loaders, start['loaders']):
         if state is not None: dl.rng.setstate(state)
 
-# %% ../nbs/27_resume.ipynb #65dd4613
+# %% ../nbs/27_resume.ipynb #ed7cbf6d
 class _Feed:
     "The batches of one epoch from number `done` on"
     def __init__(self, dls, place=None, watch=False):
         self.dls,self.dl,place = dls,dls.train,place or {}
-        self.start,self.now,self.done,self.workers = place.get('start'),place.get('now'),place.get('done',0),place.get('workers',{})
+        self.start,self.now = place.get('start'),place.get('now')
+        self.done,self.workers = place.get('done', 0),place.get('workers', {})
         fake = getattr(self.dl, 'fake_l', None)
         self.n_workers = fake.num_workers if fake else 0
         self.made,self.ring = 0,None
@@ -100,8 +103,9 @@ class _Feed:
 
     def _do_batch(self, b):
         b = DataLoader.do_batch(self.dl, b)
-        state = np.frombuffer(pickle.dumps(_get_rng()), dtype=np.uint8)
-        self.ring[(self.done+self.made*self.n_workers+self.dl.offs)%len(self.ring), :len(state)] = torch.from_numpy(state.copy())
+        state = torch.frombuffer(bytearray(pickle.dumps(_get_rng())), dtype=torch.uint8)
+        i = self.done+self.made*self.n_workers+self.dl.offs
+        self.ring[i%len(self.ring), :len(state)] = state
         self.made += 1
         return b
 
@@ -112,10 +116,11 @@ class _Feed:
         workers = self.workers
         if self.ring is not None:
             used = range(max(self.done, n_used-self.n_workers), n_used)
-            workers = workers | {i%self.n_workers: pickle.loads(self.ring[i%len(self.ring)].numpy().tobytes()) for i in used}
+            states = [pickle.loads(self.ring[i%len(self.ring)].numpy().tobytes()) for i in used]
+            workers = workers | {i%self.n_workers: state for i,state in zip(used, states)}
         return dict(start=self.start, now=_get_rng(), done=n_used, workers=workers)
 
-# %% ../nbs/27_resume.ipynb #ead60dce
+# %% ../nbs/27_resume.ipynb #26ec5f42
 def _beside(path, ext): return path.with_name(path.name+ext)
 
 def _write(state, path):
@@ -141,15 +146,16 @@ def _read_last(path):
     "The last whole checkpoint at `path`, or None where there never was one"
     prev = _beside(path, '.prev')
     try: state = _read(path) if path.exists() else _read(prev) if prev.exists() else None
-    except Exception as e:                                    # what a damaged file raises depends on where the damage is
-        if not (path.exists() and prev.exists()): raise OSError(f"{path} cannot be read ({e}); delete it to start anew") from e
-        warnings.warn(f"{path} cannot be read ({e}): going on from {prev}; the damaged file is kept as {_beside(path, '.bad')}")
+    except Exception as e:                                    # which kind depends on where the damage is
+        if not (path.exists() and prev.exists()):
+            raise OSError(f"{path} cannot be read ({e}); delete it to start anew") from e
+        warnings.warn(f"{path} cannot be read ({e}): going on from {prev}")
         state = _read(prev)
-        if not rank_distrib(): os.replace(path, _beside(path, '.bad'))
+        if not rank_distrib(): os.replace(path, _beside(path, '.bad'))  # lest the next write put it over the good one
     if state is not None and 'settings' not in state: raise ValueError(f"{path} is not a file of ResumeTraining")
     return state
 
-# %% ../nbs/27_resume.ipynb #6b6fdb47
+# %% ../nbs/27_resume.ipynb #e02a14a4
 _atoms = bool,int,float,str,type(None)
 
 def _plain(o, tensors=True):
@@ -161,7 +167,7 @@ def _plain(o, tensors=True):
     if isinstance(o, dict): return {k: _plain(v, tensors) for k,v in o.items()}
     if isinstance(o, tuple): return tuple(_plain(v, tensors) for v in o)
     if isinstance(o, (list,L)): return [_plain(v, tensors) for v in o]
-    raise TypeError(f"state must be made of numbers, strings, tensors, and lists, tuples and dicts of them, got {type(o).__name__}")
+    raise TypeError(f"state must be made of numbers, strings, tensors and containers of them, got {type(o).__name__}")
 
 def _get_attrs(o, tensors=False, but=('learn',)):
     "The attributes of `o` that can be written"
@@ -180,7 +186,8 @@ def _get_state(cb):
     if isinstance(cb, Recorder):
         losses = getattr(cb, 'losses', [])
         return dict(attrs=_get_attrs(cb, tensors=True, but=('learn','losses','start_epoch')),
-                    losses=_plain(torch.stack(losses) if losses else torch.zeros(0)), metrics=[_get_attrs(m, tensors=True) for m in _metrics(cb)])
+                    losses=_plain(torch.stack(losses) if losses else torch.zeros(0)),
+                    metrics=[_get_attrs(m, tensors=True) for m in _metrics(cb)])
     return _plain(cb.state_dict()) if hasattr(type(cb), 'state_dict') else _get_attrs(cb)
 
 def _set_state(cb, state):
@@ -193,17 +200,28 @@ def _set_state(cb, state):
     elif hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(state)
     else: _set_attrs(cb, state)
 
-def _get_grads(model): return [None if p.grad is None else _plain(p.grad) if p.grad.any() else False for p in model.parameters()]
+def _get_grads(model):
+    "Gradients; False for one of zeros, which some optimizers leave behind"
+    return [None if p.grad is None else _plain(p.grad) if p.grad.any() else False for p in model.parameters()]
 
 def _set_grads(model, grads):
-    for p,g in zip(model.parameters(), grads): p.grad = None if g is None else torch.zeros_like(p) if g is False else g.to(p.device)
+    for p,g in zip(model.parameters(), grads):
+        p.grad = None if g is None else torch.zeros_like(p) if g is False else g.to(p.device)
 
-# %% ../nbs/27_resume.ipynb #6498893d
+def _set_opt(opt, state, device):
+    state = dict(state)
+    if 'hypers' in state:                                     # fastai's take tensors as they come, torch's move them
+        state = to_device(state, device)
+        state['hypers'] = L(dict(o) for o in state['hypers'])
+    opt.load_state_dict(state)
+
+# %% ../nbs/27_resume.ipynb #51f5f64e
 def _describe(name, o):
     "`o` in types that can be compared after writing and reading; a list of objects is taken apart"
     try: return {name: _plain(o, tensors=False)}
     except TypeError: pass
-    if isinstance(o, (list,tuple,L)): return {k: v for i,x in enumerate(o) for k,v in _describe(f'{name}[{i}]', x).items()}
+    if isinstance(o, (list,tuple,L)):
+        return {k: v for i,x in enumerate(o) for k,v in _describe(f'{name}[{i}]', x).items()}
     text = getattr(o, '__qualname__', None) or getattr(o, '__name__', None) or re.sub(r' at 0x[0-9a-fA-F]+', '', str(o))
     return {name: text if len(text)<1000 else f'{text[:900]}... (sha1 {hashlib.sha1(text.encode()).hexdigest()[:8]})'}
 
@@ -211,9 +229,11 @@ def _get_settings(learn, first):
     "What must not change; the `first` fit of a script alone answers for all hyper-parameters, others inherit some"
     dl,opt = learn.dls.train,learn.opt
     s = dict(n_epoch=learn.n_epoch, batches=len(dl), valid_batches=len(learn.dls.valid), items=len(dl.dataset),
-             batch_size=getattr(dl, 'bs', getattr(dl, 'batch_size', None)), num_workers=getattr(dl, 'fake_l', dl).num_workers,
+             batch_size=getattr(dl, 'bs', getattr(dl, 'batch_size', None)),
+             num_workers=getattr(dl, 'fake_l', dl).num_workers,
              processes=dist.get_world_size() if dist.is_initialized() else 1,
-             loss_func=getattr(learn.loss_func, '__qualname__', type(learn.loss_func).__name__), opt=type(getattr(opt, 'opt', opt)).__name__)
+             loss_func=getattr(learn.loss_func, '__qualname__', type(learn.loss_func).__name__),
+             opt=type(getattr(opt, 'opt', opt)).__name__)
     for o in ('shuffle','drop_last'): s[o] = getattr(dl, o, None)
     for i,h in enumerate(opt.hypers):
         for k,v in h.items():
@@ -224,22 +244,23 @@ def _get_settings(learn, first):
     cbs = [cb for cb in learn.cbs.sorted('order') if not isinstance(cb, (ResumeTraining,ProgressCallback))]
     s['callbacks'] = sorted(cb.name for cb in cbs)
     for cb in cbs:
-        if isinstance(cb, ParamScheduler): args = {f'{k} at {10*i} %': f(i/10) for k,f in cb.scheds.items() for i in range(10)}
+        if isinstance(cb, ParamScheduler):
+            args = {f'{k} at {10*i} %': f(i/10) for k,f in cb.scheds.items() for i in range(10)}
         else: args = {f'{cb.name}.{o}': vars(cb)[o] for o in signature(type(cb).__init__).parameters if o in vars(cb)}
         for k,v in args.items(): s.update(_describe(k, v))
     return s
 
 def _compare(path, saved, here):
-    keys = [k for k in {**saved, **here} if repr(saved.get(k)) != repr(here.get(k)) or (k in saved) != (k in here)]
-    if not keys: return
-    said = [f"  {k}: {saved[k] if k in saved else 'absent'} in the file, {here[k] if k in here else 'absent'} here" for k in keys[:20]]
-    if len(keys)>20: said.append(f'  ... and {len(keys)-20} more')
-    raise ValueError('\n'.join([f"{path} was written by another fit; repeat its settings, or delete it to start anew:", *said]))
+    pairs = {k: (saved.get(k, 'absent'), here.get(k, 'absent')) for k in {**saved, **here}}
+    said = [f'  {k}: {a} in the file, {b} here' for k,(a,b) in pairs.items() if repr(a)!=repr(b)]
+    if len(said)>20: said[20:] = [f'  ... and {len(said)-20} more']
+    advice = 'is of another fit; repeat its settings, or delete it to start anew'
+    if said: raise ValueError('\n'.join([f'{path} {advice}:', *said]))
 
-# %% ../nbs/27_resume.ipynb #7b15fd0c
+# %% ../nbs/27_resume.ipynb #5aa8ce46
 class ResumeTraining(Callback):
     "Write everything that the fit depends on to `path`, and go on from there if it exists"
-    order,remove_on_fetch = SaveModelCallback.order+100,True   # after everything that changes the model at the end of a fit
+    order,remove_on_fetch = SaveModelCallback.order+100,True  # after all that changes the model at the end of a fit
     def __init__(self,
         path,            # File to write, and to resume from; `.prev`, `.tmp` and `.bad` may appear beside it
         every:int=None   # Write also in the middle of an epoch, after every so many batches
@@ -261,7 +282,7 @@ class ResumeTraining(Callback):
         if self.at_work and not self.in_epoch:
             self._save(self.epoch+1, finished=True)
             self.n_fit += 1
-        self.at_work = False
+        self.at_work,self.feed,self.ckpt = False,None,None
 
     def _with_events(self, f, event_type, ex, final=lambda: None):
         learn = self.learn
@@ -298,7 +319,7 @@ class ResumeTraining(Callback):
             raise CancelFitException()
         if ckpt:
             _compare(self.file, ckpt['settings'], self.settings)
-            getattr(self.dls, 'n_inp', None)             # fastai finds it out by a batch, once: that batch must not come later
+            getattr(self.dls, 'n_inp', None)             # fastai finds it out by one batch, which must not come later
             self._restore(ckpt)
             if ckpt['finished']:
                 print(f"{self.file}: training is finished, nothing to do (delete the file to train again)")
@@ -329,17 +350,18 @@ class ResumeTraining(Callback):
         sd = model.state_dict()
         for k,v in sd.items(): sd[k] = _plain(v)
         scaler = getattr(learn, 'scaler', None)
-        _write(dict(fit=self.n_fit, epoch=epoch, batch=batch, finished=finished, settings=self.settings, places=places, model=sd,
-            grads=_get_grads(model), opt=_plain(learn.opt.state_dict()), scaler=None if scaler is None else _plain(scaler.state_dict()),
-            train_iter=learn.train_iter, pct_train=learn.pct_train, callbacks={cb.name: _get_state(cb) for cb in self._others}), self.file)
+        _write(dict(
+            settings=self.settings, fit=self.n_fit, epoch=epoch, batch=batch, finished=finished, places=places,
+            model=sd, grads=_get_grads(model), opt=_plain(learn.opt.state_dict()),
+            scaler=None if scaler is None else _plain(scaler.state_dict()),
+            train_iter=learn.train_iter, pct_train=learn.pct_train,
+            callbacks={cb.name: _get_state(cb) for cb in self._others}), self.file)
 
     def _restore(self, c):
         learn,model = self.learn,get_model(self.learn.model)
         model.load_state_dict(c['model'])
         _set_grads(model, c['grads'])
-        opt = dict(c['opt'])
-        if 'hypers' in opt: opt['hypers'] = L(dict(o) for o in opt['hypers'])
-        learn.opt.load_state_dict(opt)
+        _set_opt(learn.opt, c['opt'], next(model.parameters()).device)
         if c['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(c['scaler'])
         learn.train_iter = c['train_iter']
         for cb in self._others:

@@ -388,7 +388,7 @@ class Forked:
     def wait(self): self.p.join()
 
 def test_kill(tmp_path):
-    for nw,n_kills in ((0, 12), (2, 6)):
+    for nw,n_kills in ((0, 10), (2, 4)):
         for o in ('whole','cut'): (tmp_path/f'{o}{nw}').mkdir()
         t = time.time()
         p = Forked(tmp_path/f'whole{nw}'/'last.pth', tmp_path/f'whole{nw}.out', nw); p.wait()
