@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FeatureQueue']
 
-# %% ../nbs/11_queue.ipynb #3d511877
+# %% ../nbs/11_queue.ipynb #d18f9972
 import torch
-import torch.distributed as dist
 from torch import nn
+from .collectives import exchange, gather_rows
 
-# %% ../nbs/11_queue.ipynb #55b19deb
+# %% ../nbs/11_queue.ipynb #c9f731eb
 class FeatureQueue(nn.Module):
     "The last `length` embeddings of each of `n_crops` crops; empty until `resize` or `load_state_dict` says otherwise"
     def __init__(self,
@@ -39,10 +39,11 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push(self,
         x:torch.Tensor, # (n_crops,B,dim) embeddings of a batch
-        group=None # Process group that shares the queue
+        group=None, # Process group that shares the queue
+        sizes:list|None=None # B of every rank in it; None: ask
     ):
         "Replace the oldest embeddings by `x`"
-        if group is not None: x = _gather_rows(x, group)
+        if group is not None: x = gather_rows(x, sizes or [int(n) for n, in exchange(x.shape[1], device=x.device, group=group)], group)
         n = x.shape[1]
         x = x[:,-self.length:]
         start = (self.n_pushed+n-x.shape[1])%self.length
@@ -58,11 +59,3 @@ class FeatureQueue(nn.Module):
         saved = state_dict.get(f'{prefix}features')
         if saved is not None: self.resize(*saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-def _gather_rows(x, group):
-    "(A,B,d) of every rank, joined along the rows; ranks may hold different numbers of them"
-    sizes = [None]*dist.get_world_size(group)
-    dist.all_gather_object(sizes, x.shape[1], group=group)
-    parts = [x.new_empty(x.shape[0], n, x.shape[2]) for n in sizes]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, 1)
