@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SWAV']
 
-# %% ../nbs/21_swav.ipynb #675172ab
+# %% ../nbs/21_swav.ipynb #85fdbe82
 from functools import partial
 import torch, torch.nn.functional as F
-import torch.distributed as dist
 from fastcore.basics import patch
+from .collectives import share
 from .losses import swapped_loss
 from .models import SwAVModel
 from .multiview import MultiView
@@ -90,7 +90,7 @@ def uses_queue(self:SWAV):
     queue = getattr(self.swav_model, 'queue', None)
     return queue is not None and queue.full and self._step>=round(self.queue_start_pct*self._n_steps)
 
-# %% ../nbs/21_swav.ipynb #46699224
+# %% ../nbs/21_swav.ipynb #9df6fa07
 @patch(as_prop=True)
 def _weight(self:SWAV): return self.swav_model.prototypes.weight
 
@@ -109,9 +109,10 @@ def get_codes(self:SWAV,
     codes = self._scratch('codes', scores, len(self.crop_assgn_ids), B, n_protos)
     for q,i,a in zip(codes, self.crop_assgn_ids, range(len(codes))):
         if self.uses_queue:
-            rows,all_codes = (self._scratch(o, scores, B+queue.length, n_protos) for o in ('rows','row_codes'))
+            past = queue.features[a,share(queue.length, self._group)]  # all ranks hold the same queue: its rows count once
+            rows,all_codes = (self._scratch(o, scores, B+len(past), n_protos) for o in ('rows','row_codes'))
             rows[:B] = scores[i]
-            torch.mm(queue.features[a], self._weight.detach().T, out=rows[B:])
+            torch.mm(past, self._weight.detach().T, out=rows[B:])
             q.copy_(sinkhorn_(rows, out=all_codes)[:B])
         else: sinkhorn_(scores[i], out=q)
     return codes
@@ -123,11 +124,8 @@ def _scratch(self:SWAV, name, like, *shape):
     if x is None or x.shape!=shape or x.device!=like.device: x = self.scratch[name] = like.new_empty(shape)
     return x
 
-@patch(as_prop=True)
-def _group(self:SWAV): return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-
 @patch
 def _collect(self:SWAV, embedding):
     "Push the assigned crops' embeddings, in training steps alone"
     if self.K and self.training and not hasattr(self.learn, 'lr_finder'):
-        self.swav_model.queue.push(embedding[self.crop_assgn_ids].float(), self._group)
+        self.swav_model.queue.push(embedding[self.crop_assgn_ids].float(), self._group, self.sizes)
