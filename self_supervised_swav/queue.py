@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FeatureQueue']
 
-# %% ../nbs/11_queue.ipynb #d18f9972
+# %% ../nbs/11_queue.ipynb #fd849142
 import torch
+import torch.distributed as dist
 from torch import nn
 from .collectives import exchange, gather_rows
 
-# %% ../nbs/11_queue.ipynb #c9f731eb
+# %% ../nbs/11_queue.ipynb #062755b9
 class FeatureQueue(nn.Module):
     "The last `length` embeddings of each of `n_crops` crops; empty until `resize` or `load_state_dict` says otherwise"
     def __init__(self,
@@ -51,6 +52,15 @@ class FeatureQueue(nn.Module):
         self.features[:,start:start+head] = x[:,:head]
         self.features[:,:x.shape[1]-head] = x[:,head:]
         self.n_pushed += n
+
+    def share_first(self,
+        group=None # Process group
+    ):
+        "Give all ranks the queue of the first"
+        if group is None: return
+        (n,),*_ = exchange(self.n_pushed, device=self.features.device, group=group)
+        dist.broadcast(self.features, 0, group=group)
+        self.n_pushed = int(n)
 
     def get_extra_state(self): return torch.tensor(self.n_pushed)
     def set_extra_state(self, state): self.n_pushed = int(state)
