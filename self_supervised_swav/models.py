@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['create_mlp_module', 'Prototypes', 'SwAVModel', 'create_swav_model']
 
-# %% ../nbs/10_models.ipynb #7823c6b0
+# %% ../nbs/10_models.ipynb #97ba11bd
 from contextlib import nullcontext
 from itertools import groupby
 
 import torch, torch.nn.functional as F
 from torch import nn
+from .queue import FeatureQueue
 
 # %% ../nbs/10_models.ipynb #3ff731be
 def _check_sizes(**sizes):
@@ -66,7 +67,7 @@ class Prototypes(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         self.normalize_()
 
-# %% ../nbs/10_models.ipynb #f93b26db
+# %% ../nbs/10_models.ipynb #e6a6ce55
 class SwAVModel(nn.Module):
     "Embeddings and prototype scores of crops"
     def __init__(self,
@@ -77,6 +78,7 @@ class SwAVModel(nn.Module):
     ):
         super().__init__()
         self.encoder,self.projector,self.prototypes,self.n_in = encoder,projector,prototypes,n_in
+        self.queue = FeatureQueue()  # empty; a method that wants one sizes it, and it is saved and loaded with the weights
 
     def forward(self,
         x # One batch of images, or a list of crops of them
@@ -94,7 +96,7 @@ class SwAVModel(nn.Module):
 
 def _cat(xs): return xs[0] if len(xs) == 1 else torch.cat(xs)
 
-# %% ../nbs/10_models.ipynb #976c89f5
+# %% ../nbs/10_models.ipynb #b3e29a93
 def create_swav_model(
     encoder:nn.Module, # Images (B,C,H,W) to features (B,n), for instance from `create_encoder`
     hidden_size:int=256, # Width of the projector's hidden layers
@@ -110,7 +112,11 @@ def create_swav_model(
         n_in,features = _probe(encoder)
         projector = create_mlp_module(features.shape[1], hidden_size, projection_size, bn=bn, nlayers=nlayers)
         prototypes = Prototypes(projection_size, n_protos)
-    return SwAVModel(encoder, projector.to(features), prototypes.to(features.device), n_in)
+    return SwAVModel(encoder, _to(projector, features.device, features.dtype), _to(prototypes, features.device, torch.float32), n_in)
+
+def _to(module, device, dtype):
+    "`module.to`, but only where there is something to convert"
+    return module if all((p.device,p.dtype) == (device,dtype) for p in module.parameters()) else module.to(device, dtype)
 
 @torch.no_grad()
 def _probe(encoder):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MultiView']
 
-# %% ../nbs/20_multiview.ipynb #2ae52bfa
+# %% ../nbs/20_multiview.ipynb #24eb9db1
 import random
 from contextlib import contextmanager
 import numpy as np, torch
@@ -14,12 +14,12 @@ from fastcore.basics import patch
 from fasttransform import Pipeline
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor
-from fastai.torch_core import TensorImage, TensorImageBase, get_model, rank_distrib, show_image
+from fastai.torch_core import TensorImage, get_model, rank_distrib, show_image
 from fastai.vision.data import get_grid
-from .augment import multi_crop, normalize
+from .augment import multi_crop, normalize_images
 from .collectives import exchange, world
 
-# %% ../nbs/20_multiview.ipynb #a4e64490
+# %% ../nbs/20_multiview.ipynb #649ae3c5
 class MultiView(Callback):
     "Train on several crops of every image; a method defines `view_loss`, and what it wants of the other events"
     order = CastToTensor.order-1  # crops are normalised by type, which CastToTensor takes off; between GradientAccumulation and MixedPrecision
@@ -50,11 +50,10 @@ class MultiView(Callback):
     def before_batch(self):
         x = self.images = self._take_images()
         if not self.learn.yb: self.learn.yb = (x,)
-        if self._whole_images:
-            self.learn.xb = (normalize(self.aug_pipelines, x),)
-            return
-        self._check_finite(x)
-        self.learn.xb = (self.cut(x),)
+        if self._whole_images: self.learn.xb = (normalize_images(self.aug_pipelines, x),)
+        else:
+            self._check_finite(x)
+            self.learn.xb = (self.cut(x),)
         if self.training and not self.checked: self._dry_run(*self.learn.xb)
 
     def after_pred(self): self.own_loss_func,self.learn.loss_func = self.learn.loss_func,self._loss_once
@@ -81,13 +80,12 @@ def _check_pipelines(ps):
     if wrong: raise ValueError(f"aug_pipelines must have split_idx=0, got {[ps[i].split_idx for i in wrong]} at {wrong}")
     return ps
 
-# %% ../nbs/20_multiview.ipynb #02baf36a
+# %% ../nbs/20_multiview.ipynb #9dc432fc
 @patch
 def cut(self:MultiView,
     x:torch.Tensor # (B,C,H,W) images in [0,1]
 )->list: # One (B,C,s,s) tensor a view, in the order of the pipelines
     "Crops of a batch"
-    if not isinstance(x, TensorImageBase): x = TensorImage(x)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return [c.as_subclass(torch.Tensor) for c in multi_crop(self.aug_pipelines, x)]
 

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['SWAV']
 
-# %% ../nbs/21_swav.ipynb #85fdbe82
+# %% ../nbs/21_swav.ipynb #6ef7de58
 from functools import partial
-import torch, torch.nn.functional as F
+import torch
 from fastcore.basics import patch
 from .collectives import share
 from .losses import swapped_loss
 from .models import SwAVModel
 from .multiview import MultiView
-from .queue import FeatureQueue
 from .sinkhorn import sinkhorn
 
-# %% ../nbs/21_swav.ipynb #cfac72b3
+# %% ../nbs/21_swav.ipynb #8ddae1aa
 class SWAV(MultiView):
     "Swapped prediction of cluster assignments between crops of an image (SwAV)"
     def __init__(self,
@@ -48,10 +47,9 @@ class SWAV(MultiView):
     def before_fit(self):
         super().before_fit()
         model,n_train = self.swav_model,len(self.dls.train.dataset)
-        if not hasattr(model, 'prototypes'): raise TypeError(f"model must have prototypes, as create_swav_model gives, got {type(model).__name__}")
+        if not isinstance(model, SwAVModel): raise TypeError(f"model must have an encoder, a projector and prototypes, as create_swav_model gives, got {type(model).__name__}")
         if self.K is not None and self.K>=n_train: raise ValueError(f"K must be smaller than the training set of {n_train} images, got {self.K}")
-        if (self._weight.norm(dim=1)-1).abs().max()>1e-4: self._unit_prototypes()  # weights on the sphere stay the same bit for bit
-        if not hasattr(model, 'queue'): model.queue = FeatureQueue().to(self._weight.device)
+        model.prototypes.normalize_()
         model.queue.resize(*((len(self.crop_assgn_ids),self.K,self._weight.shape[1]) if self.K else (0,0,0)))
 
     def check_pred(self, pred):
@@ -68,12 +66,12 @@ class SWAV(MultiView):
 
     def before_step(self):
         if self._step<self._frozen_steps: self._weight.grad = None
-    def after_step(self): self._unit_prototypes()
+    def after_step(self): self.swav_model.prototypes.normalize_()
     def after_fit(self):
         super().after_fit()
         self.codes,self.scratch = None,{}
 
-# %% ../nbs/21_swav.ipynb #866aae8c
+# %% ../nbs/21_swav.ipynb #bdb895ce
 @patch(as_prop=True)
 def _n_steps(self:SWAV): return self.n_epoch*len(self.dls.train)
 @patch(as_prop=True)
@@ -87,16 +85,11 @@ def _frozen_steps(self:SWAV):
 @patch(as_prop=True)
 def uses_queue(self:SWAV):
     "Do the codes of this step see the queue?"
-    queue = getattr(self.swav_model, 'queue', None)
-    return queue is not None and queue.full and self._step>=round(self.queue_start_pct*self._n_steps)
+    return self.swav_model.queue.full and self._step>=round(self.queue_start_pct*self._n_steps)
 
-# %% ../nbs/21_swav.ipynb #9df6fa07
+# %% ../nbs/21_swav.ipynb #e3efa10d
 @patch(as_prop=True)
 def _weight(self:SWAV): return self.swav_model.prototypes.weight
-
-@patch
-def _unit_prototypes(self:SWAV):
-    with torch.no_grad(): F.normalize(self._weight, dim=1, out=self._weight.detach())
 
 @patch
 def get_codes(self:SWAV,
@@ -104,8 +97,7 @@ def get_codes(self:SWAV,
 )->torch.Tensor: # (A,B,K) codes of the assigned crops
     "Sinkhorn over each assigned crop's scores, with its queue's where the queue is in use"
     scores,queue,(B,n_protos) = scores.float(),self.swav_model.queue,scores.shape[1:]
-    sinkhorn_ = partial(sinkhorn, eps=self.eps, n_iters=self.n_sinkh_iter, hard=self.hard, group=self._group,
-                        bound=1. if isinstance(self.swav_model, SwAVModel) else None)  # cosines
+    sinkhorn_ = partial(sinkhorn, eps=self.eps, n_iters=self.n_sinkh_iter, hard=self.hard, bound=1., group=self._group)  # scores are cosines
     codes = self._scratch('codes', scores, len(self.crop_assgn_ids), B, n_protos)
     for q,i,a in zip(codes, self.crop_assgn_ids, range(len(codes))):
         if self.uses_queue:

@@ -117,7 +117,7 @@ def test_names():
     (ValueError, "pool_type='catavgmax' does not exist for 'test_vit'", dict(arch='test_vit', pool_type=PoolingType.CatAvgMax)),
     (ValueError, "stem of 'vgg11_bn' is unknown", dict(arch='vgg11_bn', small_images=True)),
     (ValueError, "stem of 'xcit_nano_12_p16_224' is unknown", dict(arch='xcit_nano_12_p16_224', small_images=True)),
-    (ValueError, "'vit_b_16' has no pooling to cut at", dict(arch=vit_b_16, num_layers=1)),
+    (ValueError, "'vit_b_16' has no pooling to cut at", dict(arch=vit_b_16)),
     (TypeError, 'no_such_argument', dict(arch='resnet18', no_such_argument=1)),
 ])
 def test_errors(error, match, args):
