@@ -31,6 +31,10 @@ def _broadcast(self:DistributedDL, t, rank):
     dist.broadcast(t, rank)
     return t.tolist()
 
+# %% ../nbs/28_distributed.ipynb #5f8a2be8
+def _set_rng(self, rng): self.dl.rng = rng
+DistributedDL.rng = property(lambda self: self.dl.rng, _set_rng)
+
 # %% ../nbs/28_distributed.ipynb #8a4efee1
 class DDPTrainer(DistributedTrainer):
     "`DistributedTrainer` on GPUs and CPUs, with a queue that is shared once"

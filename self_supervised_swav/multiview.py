@@ -114,7 +114,7 @@ def _weight_of_rank(self:MultiView): return len(self.images)*len(self.sizes)/sum
 def _restore_loss(self:MultiView):
     if self.own_loss_func is not None: self.learn.loss_func,self.own_loss_func = self.own_loss_func,None
 
-# %% ../nbs/20_multiview.ipynb #c799a9f5
+# %% ../nbs/20_multiview.ipynb #321eac39
 def _is_finite(x): return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())  # a sum reads once and writes nothing
 
 @patch(as_prop=True)
@@ -140,7 +140,7 @@ def _raise_not_finite(self:MultiView):
 
 @patch
 def _dry_run(self:MultiView, crops):
-    "Two images through the model in eval mode: sizes, channels and shapes are right, or an error says which is not"
+    "Two images (one twice, if there is but one) through the model in eval mode: sizes, channels and shapes are right, or an error says which is not"
     model = self.swav_model
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     n_in = crops[0].shape[1]
@@ -149,10 +149,10 @@ def _dry_run(self:MultiView, crops):
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance('force_eager'):
-            for c in {c.shape[-2:]: c[:2] for c in crops}.values():
+            for c in {c.shape[-2:]: c[[0,-1]] for c in crops}.values():
                 try: model(c)
                 except Exception as e: raise ValueError(f"crop_sizes must be sizes that the encoder takes, got {tuple(c.shape[-2:])}: {e}") from e
-            self.check_pred(model([c[:2] for c in crops]))
+            self.check_pred(model([c[[0,-1]] for c in crops]))
     finally:
         for m,mode in modes.items(): m.training = mode
     self.checked = True
