@@ -94,6 +94,8 @@ def test_save_load_export(tmp_path):
     again = load_learner(tmp_path/'e.pkl')
     x = digits(40).valid.one_batch()[0]
     for a,b in zip(again.model.eval()(x), learn.model.eval()(x)): torch.testing.assert_close(a, b)
+    preds,_ = again.get_preds(dl=digits(40).valid, act=noop)
+    torch.testing.assert_close(preds[0], learn.model(x)[0])
     learn.dls = digits(100)
     learn.fit(1)
 
