@@ -10,5 +10,6 @@ from .augment import *
 from .multiview import *
 from .swav import *
 from .optimizer import *
+from .resume import *
 from .distributed import *
 from .data import *

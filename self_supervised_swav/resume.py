@@ -41,7 +41,7 @@ def _set_start(dls, start):
     for dl,state in zip(dls.loaders, start['loaders']):
         if state is not None: dl.rng.setstate(state)
 
-# %% ../nbs/27_resume.ipynb #ed7cbf6d
+# %% ../nbs/27_resume.ipynb #50f881d8
 class _Feed:
     "The batches of one epoch from number `done` on"
     def __init__(self, dls, place=None, watch=False):
@@ -58,8 +58,9 @@ class _Feed:
     def _own_ways(self):
         "Does the loader make its batches as fastai's `DataLoader` does?"
         dl,ways = self.dl,('create_batches','sample','chunkify','do_batch')
-        return (isinstance(dl, DataLoader) and dl.indexed and dl.bs is not None and dl.n is not None
-                and all(o not in vars(dl) and getattr(type(dl), o) is getattr(DataLoader, o) for o in ways))
+        return (isinstance(dl, DataLoader)
+                and all(o not in vars(dl) and getattr(type(dl), o) is getattr(DataLoader, o) for o in ways)
+                and dl.indexed and dl.bs is not None and dl.n is not None)
 
     def __iter__(self):
         if self.start is None: self.start = _get_start(self.dls)

@@ -18,6 +18,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from helpers import digits, seed_all, small_augs, small_learner
+from test_distributed import run_ranks
 from self_supervised_swav import resume
 from self_supervised_swav.optimizer import lars
 from self_supervised_swav.resume import ResumeTraining, _read_last, _write
@@ -246,6 +247,30 @@ def test_swav_with_other_crops_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r'(?s)swav.aug_pipelines.2.: .*size=10.*size=8.*swav.temp: 0.1 in the file, 0.2 here'): learn.fit(1)
 
 
+# ---- several processes
+
+def fit_on_ranks(rank, size, path, seed, cut):
+    "What a fit on this rank ends with, or nothing if it was cut off after `cut` batches"
+    learn = make(path, seed=seed+rank, every=1, n=52)
+    if cut: cut_after(learn, cut)
+    try:
+        with learn.distrib_ctx(sync_bn=False): learn.fit_one_cycle(2, 0.02)
+    except PowerCut: return
+    return {k: v for k,v in result(learn).items() if k!='loaders'}
+
+def test_ranks(tmp_path):
+    "Every rank finds its own random numbers; the first one writes for all"
+    def run(name, seed, cut=None):
+        folder = tmp_path/f'{name}{seed}'
+        folder.mkdir()
+        return run_ranks(fit_on_ranks, 2, folder, tmp_path/name/'last.pth', seed, cut)
+    want = run('whole', 0)
+    for seed,cut in enumerate((4, 5)): run('cut', 10*seed, cut)
+    got = run('cut', 20)
+    assert want[0]['weights'] and want[0]['rng'] != want[1]['rng']
+    assert not [(r,k) for r in range(2) for k in want[r] if got[r][k] != want[r][k]]
+
+
 # ---- refusing
 
 @pytest.mark.parametrize('change,fit,said', [
@@ -411,8 +436,9 @@ def test_kill_scripts(tmp_path, nw):
         p.stdout.readline()                                         # everything is imported
         return p
     for o in ('whole','cut'): (tmp_path/o).mkdir()
-    p = start('whole'); t = time.time(); p.wait(); t = time.time()-t
-    path,out = tmp_path/'cut'/'last.pth',tmp_path/'cut.out'
+    p,t = start('whole'),time.time()
+    p.wait()
+    t,path,out = time.time()-t,tmp_path/'cut'/'last.pth',tmp_path/'cut.out'
     got = kill_until_done(lambda: start('cut'), path, out, t/6, 12, seed=nw)
     want = torch.load(tmp_path/'whole.out', weights_only=True)
     assert not [k for k in want if got[k] != want[k]]
