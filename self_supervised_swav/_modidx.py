@@ -35,6 +35,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'self_supervised_swav/augment.py'),
                                               'self_supervised_swav.augment.FusedAugment._cut': ( 'augment.html#fusedaugment._cut',
                                                                                                   'self_supervised_swav/augment.py'),
+                                              'self_supervised_swav.augment.FusedAugment._cut_all': ( 'augment.html#fusedaugment._cut_all',
+                                                                                                      'self_supervised_swav/augment.py'),
                                               'self_supervised_swav.augment.FusedAugment._cut_each': ( 'augment.html#fusedaugment._cut_each',
                                                                                                        'self_supervised_swav/augment.py'),
                                               'self_supervised_swav.augment.FusedAugment._paint': ( 'augment.html#fusedaugment._paint',

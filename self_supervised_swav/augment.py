@@ -7,9 +7,8 @@ __all__ = ['draw_boxes', 'FusedGenerator', 'resize_taps', 'dense', 'blur_band', 
            'FusedAugment', 'ExactAugment', 'BatchAugment', 'get_batch_augs', 'get_multi_aug_pipelines',
            'get_swav_aug_pipelines', 'multi_crop', 'normalize_images']
 
-# %% ../nbs/12_augment.ipynb #d38c705a
+# %% ../nbs/12_augment.ipynb #30b797b5
 import math
-from inspect import signature
 from itertools import groupby
 from numbers import Integral, Real
 
@@ -58,7 +57,7 @@ def _largest_box(h, w, scale, ratio):
     fh,fw = _fallback_box(h, w, ratio)
     return max(fh, min(bh,h)),max(fw, min(bw,w))
 
-# %% ../nbs/12_augment.ipynb #5fd5f183
+# %% ../nbs/12_augment.ipynb #1b888988
 class FusedGenerator(RandomGeneratorBase):
     "Draws the parameters of `FusedAugment`, on the CPU"
     def __init__(self, scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p, blur_p, blur_s):
@@ -66,12 +65,12 @@ class FusedGenerator(RandomGeneratorBase):
         store_attr()
 
     def make_samplers(self, device, dtype): pass # always the CPU's global generator
-    def __repr__(self): return ', '.join(f'{k}={getattr(self,k)}' for k in list(signature(self.__init__).parameters))
+    def __repr__(self): return ', '.join(f'{k}={v}' for k,v in vars(self).items() if k[0]!='_' and k!='training')
 
     def forward(self, batch_shape, same_on_batch=False, n=1):
         "`n` rows per image: row `v*len(batch)+i` is crop `v` of image `i`"
         bs,(h,w) = batch_shape[0],batch_shape[-2:]
-        u = torch.rand(n if same_on_batch else n*bs, 37, dtype=torch.float64)
+        u = torch.rand(n if same_on_batch else n*bs, 37, dtype=torch.float64, device='cpu')
         if same_on_batch: u = u.repeat_interleave(bs, 0)
         def between(i, lo, hi): return u[:,i]*(hi-lo) + lo
         def when(i, p, value, neutral): return torch.where(u[:,i]<p, value, neutral)
@@ -128,7 +127,7 @@ def blur_rows(
     windows = w.unfold(1, k, n).mT # (N,blocks,k,m)
     return (band[:,None] @ windows).flatten(1, 2)
 
-# %% ../nbs/12_augment.ipynb #c1b08452
+# %% ../nbs/12_augment.ipynb #79fcfefc
 _luma = .299,.587,.114
 
 def hue_matrix(
@@ -145,18 +144,18 @@ def colour_matrices(
     channels:int # 1 or 3
 )->tuple: # A and D, (N,channels,channels): a pixel x becomes A@x + D@(mean pixel)
     "Fold the colour operations of each image into two matrices"
-    eye = torch.eye(channels, dtype=factors.dtype)
+    eye = torch.eye(channels, dtype=factors.dtype, device=factors.device)
     grey = factors.new_tensor(_luma if channels==3 else [1.]).expand(channels, channels)
     f = factors.T[...,None,None]
-    mul = torch.stack([f[0]*eye, f[1]*eye, f[2]*eye + (1-f[2])*grey, hue_matrix(factors[:,3]) if channels==3 else eye.expand(len(bw),1,1)], 1)
+    hue = hue_matrix(factors[:,3]) if channels==3 else eye.expand(len(bw),1,1)
+    mul = torch.stack([f[0]*eye, f[1]*eye, f[2]*eye + (1-f[2])*grey, hue], 1)
     mix = torch.zeros_like(mul)
     mix[:,1] = (1-f[1])*grey
-    A,D,rows = eye,torch.zeros_like(eye),torch.arange(len(bw))
+    A,D,rows = eye,torch.zeros_like(eye),torch.arange(len(bw), device=bw.device)
     for k in order.T: A,D = mul[rows,k]@A, mul[rows,k]@D + mix[rows,k]@(A+D)
     return [torch.where(bw[:,None,None], grey@o, o) for o in (A,D)]
 
-# %% ../nbs/12_augment.ipynb #e7980d2e
-def _is_image(x): return isinstance(x, TensorImageBase) or not isinstance(x, TensorBase)
+# %% ../nbs/12_augment.ipynb #7d125135
 def _plain(x): return x.as_subclass(Tensor) if type(x) is not Tensor else x
 def _like(y, x): return y.as_subclass(type(x)) if isinstance(x, TensorBase) else y
 
@@ -166,7 +165,7 @@ def _check_colour(c):
 def _channel_stats(stats, c):
     "Mean and standard deviation of each of `c` channels"
     if stats is None: return [0.]*c,[1.]*c
-    if len(stats[0]) not in (1,c): raise ValueError(f"stats must have 1 or {c} values for images of {c} channels, got {len(stats[0])}: pass stats=None or their own")
+    if len(stats[0]) not in (1,c): raise ValueError(f"stats must have {' or '.join(str(o) for o in sorted({1,c}))} values for images of {c} channels, got {len(stats[0])}: pass stats=None or their own")
     return [list(o)*(c if len(o)==1 else 1) for o in stats]
 
 def _rotate(x, degrees):
@@ -185,7 +184,7 @@ def _spans(n_out, n_in, reach, flip, block=112):
         lo,hi = max(p-reach, 0),min(q+reach, n_out)
         yield a,b,max(int((lo+.5)*scale-max(scale,1)), 0),min(math.ceil((hi-.5)*scale+max(scale,1)), n_in)
 
-# %% ../nbs/12_augment.ipynb #f56ff37c
+# %% ../nbs/12_augment.ipynb #71103654
 class FusedAugment(K.GeometricAugmentationBase2D):
     "Crop, flip, blur, rotate, colour and normalise a batch in three matrix products"
     _compute_matrix_lazily = True
@@ -212,7 +211,8 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     def draw(self, batch_shape, n=1):
         "Parameters of `n` crops of each image: row `v*len(batch)+i` is crop `v` of image `i`"
         params = self._param_generator(batch_shape, self.same_on_batch, n)
-        return dict(params, batch_prob=torch.ones(n*batch_shape[0]), forward_input_shape=torch.tensor(batch_shape))
+        return dict(params, batch_prob=torch.ones(n*batch_shape[0], device='cpu'),
+                    forward_input_shape=torch.tensor(batch_shape, device='cpu'))
 
     def forward_parameters(self, batch_shape): return self.draw(batch_shape)
 
@@ -229,12 +229,13 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     @torch.no_grad()
     def apply_transform(self, input, params, flags, transform=None):
         x,size,g = _plain(input).float(),flags['size'],self._param_generator
-        n,(bs,c) = len(params['box']),x.shape[:2]
+        n,c = len(params['box']),x.shape[1]
         out = x.new_empty(n, c, size, size)
+        if n==0: return out
         with torch.autocast(x.device.type, enabled=False):
             table = self._table(params, c).to(x.device, non_blocking=True)
             i = 0
-            for y in self._cut_each(x, table) if x.device.type=='cpu' else (self._cut(x, table[j:j+bs]) for j in range(0, n, max(bs,1))):
+            for y in (self._cut_each if x.device.type=='cpu' else self._cut_all)(x, table):
                 rows = slice(i, i := i+len(y))
                 if g.rotate_p>0: y = _rotate(y, table[rows,5])
                 self._paint(y, table[rows,7:], out[rows])
@@ -246,8 +247,8 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         if g.jitter_p>0 or g.bw_p>0:
             _check_colour(c)
             A,D = colour_matrices(params['factors'], params['order'], params['bw'], c)
-        else: A,D = torch.eye(c).expand(n,c,c),torch.zeros(n,c,c)
-        mean,std = (torch.tensor(o)[:,None] for o in _channel_stats(self.flags['stats'], c))
+        else: A,D = torch.eye(c, device='cpu').expand(n,c,c),torch.zeros(n,c,c, device='cpu')
+        mean,std = (torch.tensor(o, device='cpu')[:,None] for o in _channel_stats(self.flags['stats'], c))
         cols = [params['box'], *(params[k][:,None] for k in ('flip','angle','sigma')),
                 (A/std).flatten(1), (D/std).flatten(1), (-mean/std).T.expand(n,c)]
         return torch.cat([o.float() for o in cols], 1)
@@ -261,6 +262,10 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     def _taps(self, n_in, start, length, flip=None):
         (b,k),size,r = self._blocks(),self.flags['size'],self.radius
         return resize_taps(start, length, size, n_in, flip, r, r+k*b-size if r>0 else 0)
+
+    def _cut_all(self, x, table):
+        "One crop of every image at a time"
+        for i in range(0, len(table), len(x)): yield self._cut(x, table[i:i+len(x)])
 
     def _cut(self, x, table):
         "One crop of every image, from a window that holds any box"
@@ -278,15 +283,15 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         return down[:,None] @ (x @ across.mT[:,None])
 
     def _cut_each(self, x, table):
-        "An iterator over blocks of crops, each crop from its own box"
+        "Some crops at a time, each from its own box"
         n,c,size,r = len(table),x.shape[1],self.flags['size'],self.radius
-        boxes,zero = table[:,:4].int().tolist(),torch.zeros(n)
+        boxes,zero = table[:,:4].int().tolist(),table.new_zeros(n)
         hmax,wmax = (max(b[k] for b in boxes) for k in (2,3))
         (jh,wh),(jw,ww) = self._taps(hmax, zero, table[:,2]),self._taps(wmax, zero, table[:,3], table[:,4]>0)
         flips,sigmas = table[:,4].tolist(),table[:,6].tolist()
         if r>0: band = blur_band(table[:,6], r, self._blocks()[0])
         step = min(n, max(1, 2**20//(c*size*size)))
-        downs,acrosses,y,mids = (x.new_empty(step, *o) for o in ((wh.shape[1],hmax), (ww.shape[1],wmax), (c,size,size), ()))
+        downs,acrosses,y = (x.new_empty(step, *o) for o in ((wh.shape[1],hmax), (ww.shape[1],wmax), (c,size,size)))
         mids = x.new_empty(c*hmax*size)
         for i in range(0, n, step):
             m = min(step, n-i)
@@ -317,7 +322,7 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     def compute_transformation(self, input, params, flags):
         "Matrices from pixels of the image to pixels of the crop"
         top,left,h,w = params['box'].double().unbind(1)
-        size,rad,one = flags['size'],params['angle'].double()*(math.pi/180),torch.ones(len(top), dtype=torch.float64)
+        size,rad,one = flags['size'],params['angle'].double()*(math.pi/180),torch.ones_like(top)
         def mat(*rows): return torch.stack([torch.stack([o*one for o in r], 1) for r in rows], 1)
         sx,sy,mid = size/w,size/h,(size-1)/2
         cut = mat((sx, 0, (.5-left)*sx-.5), (0, sy, (.5-top)*sy-.5), (0, 0, 1))
@@ -361,7 +366,9 @@ class ExactAugment(nn.Module):
         "`n` crops of every image: a list of `n` batches"
         return [self(x) for _ in range(n)]
 
-# %% ../nbs/12_augment.ipynb #0d94842e
+# %% ../nbs/12_augment.ipynb #5ffb0151
+def _is_image(x): return isinstance(x, TensorImageBase) or not isinstance(x, TensorBase)
+
 class BatchAugment(Transform):
     "A batch of images to one random crop of each; what is no image stays as it is"
     split_idx = 0
@@ -379,7 +386,7 @@ class BatchAugment(Transform):
         m,s = (torch.tensor(o, dtype=x.dtype, device=x.device)[:,None,None] for o in _channel_stats(self.aug.stats, x.shape[1]))
         return _like(f(_plain(x), m, s), x)
 
-# %% ../nbs/12_augment.ipynb #71c0125a
+# %% ../nbs/12_augment.ipynb #79d5888f
 def _check(name, value, ok, allowed):
     if not ok: raise ValueError(f"{name} must be {allowed}, got {value}")
 
@@ -391,11 +398,10 @@ def _check_range(name, r, lo, hi, allowed):
     return tuple(float(o) for o in r)
 
 def _check_stats(stats):
-    ok = isinstance(stats, (tuple,list)) and len(stats)==2
-    if ok: stats = [tuple(float(v) for v in (o.flatten().tolist() if isinstance(o, Tensor) else o)) for o in stats]
-    ok = ok and len(stats[0])==len(stats[1])>0 and _is_real(*stats[0], *stats[1]) and all(s>0 for s in stats[1])
-    _check('stats', stats, ok, 'None or (means, standard deviations), one of each a channel, deviations positive')
-    return tuple(stats)
+    try: mean,std = ([float(v) for v in (o.flatten() if isinstance(o, Tensor) else o)] for o in stats)
+    except (TypeError,ValueError): mean = std = ()
+    _check('stats', stats, len(mean)==len(std)>0 and _is_real(*mean, *std) and min(std)>0, 'None or (means, standard deviations above 0), one of each a channel')
+    return mean,std
 
 _tiny = 2**-1022 # the smallest positive number: an open end of a range
 
