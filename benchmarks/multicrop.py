@@ -1,4 +1,4 @@
-"Images a second through eight augmented crops: this package, torchvision and lightly on PIL images, kornia's plain chain"
+"Images a second through eight augmented crops: this package, torchvision, lightly and kornia"
 import argparse, statistics, time
 from functools import partial
 
@@ -38,9 +38,11 @@ class TorchvisionCrops:
     "The official multi-crop augmentations in torchvision's operations on PIL images"
     def __init__(self, num_crops, crop_sizes, min_scales, max_scales):
         def crop(size, scale): return T.Compose([
-            T.RandomResizedCrop(size, scale=scale), T.RandomHorizontalFlip(), T.RandomApply([T.ColorJitter(.8,.8,.8,.2)], p=.8), T.RandomGrayscale(.2),
+            T.RandomResizedCrop(size, scale=scale), T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(.8,.8,.8,.2)], p=.8), T.RandomGrayscale(.2),
             T.RandomApply([pil_blur], p=.5), T.ToTensor(), T.Normalize(*imagenet_stats)])
-        self.tfms = [t for n,size,*scale in zip(num_crops, crop_sizes, min_scales, max_scales) for t in [crop(size, tuple(scale))]*n]
+        self.tfms = [t for n,size,*scale in zip(num_crops, crop_sizes, min_scales, max_scales)
+                     for t in [crop(size, tuple(scale))]*n]
     def __call__(self, x): return [t(x) for t in self.tfms]
 
 class KorniaCrops(nn.Module):
@@ -48,13 +50,15 @@ class KorniaCrops(nn.Module):
     def __init__(self, num_crops, crop_sizes, min_scales, max_scales):
         super().__init__()
         def crop(size, scale): return nn.Sequential(
-            K.RandomResizedCrop((size,size), scale=scale), K.RandomHorizontalFlip(), K.ColorJitter(.8,.8,.8,.2, p=.8), K.RandomGrayscale(p=.2),
+            K.RandomResizedCrop((size,size), scale=scale), K.RandomHorizontalFlip(),
+            K.ColorJitter(.8,.8,.8,.2, p=.8), K.RandomGrayscale(p=.2),
             K.RandomGaussianBlur((23,23), (.1,2.), p=.5), K.Normalize(*(torch.tensor(o) for o in imagenet_stats)))
-        self.tfms = [t for n,size,*scale in zip(num_crops, crop_sizes, min_scales, max_scales) for t in [crop(size, tuple(scale))]*n]
+        self.tfms = [t for n,size,*scale in zip(num_crops, crop_sizes, min_scales, max_scales)
+                     for t in [crop(size, tuple(scale))]*n]
     def forward(self, x): return [t(x) for t in self.tfms]
 
 def loaded(tfm, images, bs, workers):
-    "A function that starts a loader and gives one whose calls wait for the next batch: no worker outlives its own run"
+    "A function that starts a loader and gives one that waits for its next batch: no worker outlives its run"
     dl = DataLoader(Crops(images, tfm), batch_size=bs, num_workers=workers,
                     sampler=RandomSampler(images, replacement=True, num_samples=10**7))
     def start():
@@ -68,7 +72,8 @@ def contestants(bs=32, sizes=sizes, workers=2):
     x,pipes = batch(images),get_swav_aug_pipelines(**sizes)
     n,s,lo,hi = sizes.values()
     lightly = SwaVTransform(crop_counts=n, crop_sizes=s, crop_min_scales=lo, crop_max_scales=hi)
-    return {'this package': lambda: partial(multi_crop, pipes, x), 'kornia chain': lambda: partial(KorniaCrops(**sizes), x),
+    return {'this package': lambda: partial(multi_crop, pipes, x),
+            'kornia chain': lambda: partial(KorniaCrops(**sizes), x),
             f'torchvision PIL, {workers} workers': loaded(TorchvisionCrops(**sizes), images, bs, workers),
             f'lightly PIL, {workers} workers': loaded(lightly, images, bs, workers)}
 
@@ -95,7 +100,8 @@ def main():
     torch.set_num_threads(args.threads)
     crops = dict(sizes, num_crops=(2,4), crop_sizes=(96,48)) if args.small else sizes
     rates = images_per_second(contestants(args.bs, crops), args.bs, args.rounds)
-    print(f"{args.bs} images of 3x256x320, crops {crops['num_crops']} of {crops['crop_sizes']}, {args.threads} threads, torch {torch.__version__}")
+    print(f"{args.bs} images of 3x256x320, crops {crops['num_crops']} of {crops['crop_sizes']}, "
+          f"{args.threads} threads, torch {torch.__version__}")
     for k,v in rates.items(): print(f"{k:28} {v:7.1f} images/s   this package: {rates['this package']/v:.2f}x")
 
 if __name__=='__main__': main()
