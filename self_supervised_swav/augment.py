@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['draw_boxes', 'FusedGenerator', 'resize_taps', 'dense', 'blur_band', 'blur_rows', 'hue_matrix', 'colour_matrices',
            'FusedAugment', 'ExactAugment', 'BatchAugment', 'get_batch_augs', 'get_multi_aug_pipelines',
-           'get_swav_aug_pipelines', 'multi_crop']
+           'get_swav_aug_pipelines', 'multi_crop', 'normalize_images']
 
-# %% ../nbs/12_augment.ipynb #a13f8954
+# %% ../nbs/12_augment.ipynb #30b797b5
 import math
 from itertools import groupby
 from numbers import Integral, Real
@@ -17,7 +17,8 @@ from torch import nn, Tensor
 import kornia.augmentation as K
 from fastcore.basics import store_attr
 from fasttransform import Pipeline, Transform, compose_tfms
-from fastai.torch_core import TensorBase, TensorImageBase
+from fastai.torch_core import TensorBase, TensorImage, TensorImageBase
+from fastai.vision.augment import Normalize
 from fastai.vision.core import imagenet_stats
 from kornia.augmentation.random_generator import RandomGeneratorBase
 
@@ -186,7 +187,7 @@ def _spans(n_out, n_in, reach, flip, block=112):
         lo,hi = max(p-reach, 0),min(q+reach, n_out)
         yield a,b,max(int((lo+.5)*scale-max(scale,1)), 0),min(math.ceil((hi-.5)*scale+max(scale,1)), n_in)
 
-# %% ../nbs/12_augment.ipynb #b240dcdc
+# %% ../nbs/12_augment.ipynb #cee8f050
 class FusedAugment(K.GeometricAugmentationBase2D):
     "Crop, flip, blur, rotate, colour and normalise a batch in three matrix products"
     _compute_matrix_lazily = True
@@ -218,6 +219,9 @@ class FusedAugment(K.GeometricAugmentationBase2D):
                     forward_input_shape=torch.tensor(batch_shape, device='cpu'))
 
     def forward_parameters(self, batch_shape): return self.draw(batch_shape)
+
+    @property
+    def stats(self): return self.flags['stats']
 
     def crops(self, x, n=1):
         "`n` crops of every image: a list of `n` batches"
@@ -368,7 +372,7 @@ class ExactAugment(nn.Module):
         "`n` crops of every image: a list of `n` batches"
         return [self(x) for _ in range(n)]
 
-# %% ../nbs/12_augment.ipynb #627699e7
+# %% ../nbs/12_augment.ipynb #bac5966c
 def _is_image(x): return isinstance(x, TensorImageBase) or not isinstance(x, TensorBase)
 
 class BatchAugment(Transform):
@@ -383,6 +387,11 @@ class BatchAugment(Transform):
             raise TypeError(f"images must be floating point in [0,1] (`IntToFloatTensor` makes them so), got {x.dtype}")
         if x.ndim!=4: raise ValueError(f"images must be a batch of shape (B,C,H,W), got {tuple(x.shape)}")
         return self.aug.crops(x, n)
+    def decodes(self, x:Tensor): return self._affine(x, lambda x,m,s: x*s+m) if _is_image(x) else x
+    def normalize(self, x): return self._affine(x, lambda x,m,s: (x-m)/s)
+    def _affine(self, x, f):
+        m,s = (torch.tensor(o, dtype=x.dtype, device=x.device)[:,None,None] for o in _channel_stats(self.aug.stats, x.shape[1]))
+        return _like(f(_plain(x), m, s), x)
 
 # %% ../nbs/12_augment.ipynb #cb254f8b
 def _check(name, value, ok, allowed):
@@ -478,7 +487,7 @@ def get_swav_aug_pipelines(
     return [p for n,size,*scale in zip(*args.values())
             for p in get_multi_aug_pipelines(n, size, resize_scale=tuple(scale), **kwargs)]
 
-# %% ../nbs/12_augment.ipynb #04de584b
+# %% ../nbs/12_augment.ipynb #54b4c4d9
 def multi_crop(
     pipelines:list, # V pipelines
     x:Tensor # Images, (B,C,H,W)
@@ -487,10 +496,19 @@ def multi_crop(
     out = []
     for aug,ps in groupby(pipelines, _shared):
         ps = list(ps)
-        if aug is None: out += [p(x) for p in ps]
+        if aug is None: out += [p(x if isinstance(x, TensorImageBase) else TensorImage(x)) for p in ps]
         else: out += [compose_tfms(y, p.fs[1:], split_idx=0) for y,p in zip(aug.crops(x, len(ps)), ps)]
     return out
 
 def _shared(p):
     first = p.fs[0] if isinstance(p, Pipeline) and p.split_idx==0 and len(p.fs) else None
     return first if isinstance(first, BatchAugment) else None
+
+# %% ../nbs/12_augment.ipynb #ae0085fb
+def normalize_images(
+    pipelines:list, # V pipelines
+    x:Tensor # Images, (B,C,H,W)
+)->Tensor:
+    "Whole images, normalised as the crops of the first pipeline are"
+    for f in pipelines[0].fs: x = f.normalize(x) if isinstance(f, BatchAugment) else f(x) if isinstance(f, Normalize) else x
+    return x

@@ -1,0 +1,35 @@
+"A small Learner on a part of the digits: every test that needs training starts from it."
+import random
+import numpy as np, torch
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import Learner
+from sklearn.datasets import load_digits
+from self_supervised_swav.augment import get_swav_aug_pipelines
+from self_supervised_swav.data import tensor_dls
+from self_supervised_swav.encoders import create_encoder
+from self_supervised_swav.models import create_swav_model
+from self_supervised_swav.swav import SWAV
+
+def seed_all(seed=0): random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+
+def digits(n, labelled=False, bs=16, seed=0, n_in=1, **kwargs):
+    "DataLoaders of the first `n` digits, four fifths of them for training"
+    x,y = map(torch.tensor, load_digits(return_X_y=True))
+    x = (x[:n].float()/16).view(-1,1,8,8).repeat_interleave(2,2).repeat_interleave(2,3).repeat(1,n_in,1,1)
+    return tensor_dls(x, y[:n] if labelled else None, bs=bs, seed=seed, device='cpu', **kwargs)
+
+def small_augs(num_crops=(2,1), crop_sizes=(16,10), **kwargs):
+    "Pipelines for gray 16 px images"
+    return get_swav_aug_pipelines(num_crops=num_crops, crop_sizes=crop_sizes, min_scales=(.4,.1), max_scales=(1.,.4), stats=None, **kwargs)
+
+def small_encoder(n_in=1):
+    return create_encoder('resnet18', n_in=n_in, pretrained=False, small_images=True, layers=(1,1,1,1), channels=(8,8,16,16))
+
+def small_learner(n=100, labelled=False, bs=16, augs=None, n_in=1, n_protos=20, seed=0, cbs=(), dls=None, learner={}, **swav_kwargs):
+    "A Learner with `SWAV`, quiet and seeded"
+    seed_all(seed)
+    model = create_swav_model(small_encoder(n_in), hidden_size=16, projection_size=8, n_protos=n_protos)
+    learn = Learner(dls or digits(n, labelled, bs, n_in=n_in), model, cbs=[SWAV(augs or small_augs(), **swav_kwargs), *cbs], **learner)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = lambda *_: None
+    return learn

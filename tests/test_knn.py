@@ -1,0 +1,53 @@
+import pytest, torch
+from torch.nn.functional import normalize
+from self_supervised_swav.knn import nearest_neighbors, weighted_knn
+
+def full_votes(features, bank, labels, k, temp, n_classes):
+    "The formula as written, one image at a time, in float64"
+    res = torch.zeros(len(features), n_classes, dtype=torch.float64)
+    sims = normalize(features.double(), dim=1) @ normalize(bank.double(), dim=1).T
+    for row, sim in zip(res, sims):
+        top = sim.argsort(descending=True)[:k]
+        w = (sim[top]/temp).exp()
+        for i, v in zip(top, w/w.sum()): row[labels[i]] += v
+    return res
+
+@pytest.mark.parametrize('n,N,k,chunk', [(1,1,1,1), (7,50,20,3), (33,64,64,16), (10,41,5,1000), (5,40,20,20)])
+@pytest.mark.parametrize('temp', [.07, 1.])
+def test_equals_definition(n, N, k, chunk, temp):
+    g = torch.Generator().manual_seed(n)
+    f, b, y = torch.randn(n, 6, generator=g), torch.randn(N, 6, generator=g), torch.randint(0, 4, (N,), generator=g)
+    votes = weighted_knn(f, b, y, k=k, temp=temp, n_classes=5, chunk=chunk)
+    torch.testing.assert_close(votes.double(), full_votes(f, b, y, k, temp, 5), atol=2e-6, rtol=0)
+
+def test_no_overflow():
+    "exp(1/0.001) is no float32"
+    f = torch.eye(3)
+    assert torch.equal(weighted_knn(f, f, torch.arange(3), k=3, temp=1e-3), f)
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype):
+    f = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    votes = weighted_knn(f, f, torch.arange(20, dtype=torch.uint8), k=3, temp=.01)
+    assert votes.dtype == torch.float32 and (votes.argmax(1) == torch.arange(20)).all()
+
+def test_memory_is_that_of_a_block(monkeypatch):
+    "No product is larger than chunk x chunk"
+    sizes, matmul = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, '__matmul__', lambda a, b: sizes.append(a.shape[0]*b.shape[1]) or matmul(a, b))
+    nearest_neighbors(torch.randn(500, 4), torch.randn(700, 4), k=20, chunk=64)
+    assert max(sizes) <= 64*64 and sum(sizes) == 500*700
+
+def test_no_images():
+    assert weighted_knn(torch.zeros(0, 4), torch.randn(9, 4), torch.arange(9), k=3).shape == (0, 9)
+
+ok = dict(features=torch.ones(2, 3), bank=torch.ones(4, 3), labels=torch.arange(4), k=2)
+@pytest.mark.parametrize('err,msg,kw', [
+    (ValueError, 'features must have 2', dict(features=torch.ones(3))), (ValueError, 'bank must have 2', dict(bank=torch.ones(4, 3, 1))),
+    (ValueError, 'features must be finite', dict(features=torch.full((2, 3), float('nan')))), (ValueError, 'same width', dict(features=torch.ones(2, 4))),
+    (ValueError, 'labels must hold one', dict(labels=torch.arange(3))), (TypeError, 'labels must be integers', dict(labels=torch.ones(4))),
+    (ValueError, 'got -1', dict(labels=torch.tensor([0, 1, -1, 2]))), (ValueError, 'n_classes=3, got 3', dict(n_classes=3)),
+    (ValueError, 'k must be', dict(k=0)), (ValueError, 'k must be', dict(k=5)), (ValueError, 'temp must be positive, got 0', dict(temp=0)),
+    (ValueError, 'temp must be positive', dict(temp=float('nan'))), (ValueError, 'chunk must be positive', dict(chunk=0))])
+def test_errors(err, msg, kw):
+    with pytest.raises(err, match=msg): weighted_knn(**{**ok, **kw})

@@ -1,0 +1,73 @@
+"The swapped loss against its definition, against lightly, and its gradient."
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from lightly.loss import SwaVLoss
+from self_supervised_swav import losses
+from self_supervised_swav.losses import swapped_loss
+from self_supervised_swav.sinkhorn import sinkhorn
+
+def by_pairs(scores, codes, ids, temp):
+    logp = (scores/temp).log_softmax(-1)
+    pairs = [(a,v) for a,i in enumerate(ids) for v in range(len(scores)) if v!=i]
+    return sum(-(codes[a]*logp[v]).sum(-1).mean() for a,v in pairs)/len(pairs)
+
+def loss_and_grad(f, scores):
+    s = scores.clone().requires_grad_()
+    loss = f(s)
+    loss.backward()
+    return loss.detach(),s.grad
+
+@given(V=st.integers(2, 6), B=st.integers(1, 9), K=st.integers(1, 20), temp=st.floats(.01, 2), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_equals_pairs(V, B, K, temp, data):
+    ids = data.draw(st.lists(st.integers(0, V-1), min_size=1, max_size=V, unique=True))
+    scores,codes = torch.randn(V, B, K, dtype=torch.double),torch.rand(len(ids), B, K, dtype=torch.double)  # rows need not sum to 1
+    for a,b in zip(loss_and_grad(lambda s: swapped_loss(s, codes, ids, temp), scores), loss_and_grad(lambda s: by_pairs(s, codes, ids, temp), scores)):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+@pytest.mark.parametrize('V,ids', [(2,[0,1]),(2,[1]),(3,[2]),(4,[3,0]),(3,[0,1,2])])
+def test_gradcheck(V, ids):
+    scores = torch.randn(V, 3, 5, dtype=torch.double, requires_grad=True)
+    codes = torch.rand(len(ids), 3, 5, dtype=torch.double).softmax(-1)
+    assert torch.autograd.gradcheck(lambda s: swapped_loss(s, codes, ids, .3), scores)
+
+@pytest.mark.parametrize('n_queue', [0,40])
+def test_equals_lightly(n_queue):
+    "Same codes (1e-6), loss and gradient (1e-5) on the same scores, queue rows included"
+    V,B,K = 5,16,24
+    scores,queue = torch.rand(V, B, K)*2-1,[torch.rand(n_queue, K)*2-1 for _ in range(2)]
+    ref = SwaVLoss(temperature=.1, sinkhorn_iterations=3, sinkhorn_epsilon=.05)
+    def theirs(s): return ref([s[0],s[1]], list(s[2:]), queue_outputs=queue if n_queue else None).squeeze()
+    def ours(s):
+        codes = torch.stack([sinkhorn(torch.cat([s[i].detach(), queue[i]]))[:B] for i in (0,1)])
+        return swapped_loss(s, codes, (0,1), .1)
+    for a,b in zip(loss_and_grad(ours, scores), loss_and_grad(theirs, scores)): torch.testing.assert_close(a, b.view_as(a), atol=1e-5, rtol=1e-5)
+
+def test_blocks_retained_graph_and_second_derivative(monkeypatch):
+    scores,codes = torch.randn(4, 10, 6),torch.rand(2, 10, 6).softmax(-1)
+    whole = loss_and_grad(lambda s: swapped_loss(s, codes, (0,1)), scores)
+    monkeypatch.setattr(losses, '_N_CACHE', 3*6)
+    for a,b in zip(loss_and_grad(lambda s: swapped_loss(s, codes, (0,1)), scores), whole): torch.testing.assert_close(a, b)
+    s = scores.clone().requires_grad_()
+    loss = swapped_loss(s, codes, (0,1))
+    first, = torch.autograd.grad(loss, s, retain_graph=True)
+    again, = torch.autograd.grad(2*loss, s)
+    torch.testing.assert_close(again, 2*first)
+    g, = torch.autograd.grad(swapped_loss(s, codes, (0,1)), s, create_graph=True)
+    with pytest.raises(RuntimeError, match='no second derivative'): g.sum().backward()
+
+def test_float32_from_half_and_no_gradient_to_codes():
+    scores,codes = torch.randn(3, 4, 5),torch.rand(2, 4, 5, requires_grad=True)
+    s = scores.half().requires_grad_()
+    loss = swapped_loss(s, codes, (0,1))
+    assert loss.dtype==torch.float32
+    loss.backward()
+    assert s.grad.dtype==torch.float16 and codes.grad is None
+    assert swapped_loss(torch.full((2,1,3), 1e4), torch.rand(2,1,3), (0,1), temp=.01).isfinite()
+
+@pytest.mark.parametrize('kw,text', [(dict(temp=0), 'temp must be positive, got 0'), (dict(assign_ids=[0,0]), 'different'), (dict(assign_ids=[0,5]), 'indices'),
+                                     (dict(assign_ids=[]), 'indices'), (dict(assign_ids=[0]), 'codes must have the shape')])
+def test_errors(kw, text):
+    kw = dict(scores=torch.zeros(3,2,4), codes=torch.ones(2,2,4), assign_ids=[0,1])|kw
+    with pytest.raises(ValueError, match=text): swapped_loss(**kw)
+    with pytest.raises(ValueError, match='at least two crops'): swapped_loss(torch.zeros(1,2,4), torch.ones(1,2,4), [0])

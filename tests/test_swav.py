@@ -1,0 +1,306 @@
+"The callback in real fits: everything that fastai users do with a Learner, the queue's life, errors, and the device."
+from contextlib import nullcontext
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.vision.all import (ChannelsLast, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, Pipeline,
+                               SaveModelCallback, ShortEpochCallback, ShowGraphCallback, load_learner, noop)
+from torch import nn
+from helpers import digits, seed_all, small_augs, small_encoder, small_learner
+from self_supervised_swav.losses import swapped_loss
+from self_supervised_swav.models import Prototypes, SwAVModel, create_mlp_module, create_swav_model
+from self_supervised_swav.sinkhorn import sinkhorn
+from self_supervised_swav.swav import SWAV
+
+def norms(learn): return learn.model.prototypes.weight.norm(dim=1)
+def finite(learn): return np.isfinite([float(o) for o in learn.recorder.losses]).all() and len(learn.recorder.losses)>0
+
+class CountSteps(Callback):
+    order = 100
+    def before_fit(self): self.n_taken = 0
+    def after_step(self): self.n_taken += 1
+
+# --- every way to train -----------------------------------------------------------------------------------------------
+fits = dict(
+    fit=lambda l: l.fit(1), fit_one_cycle=lambda l: l.fit_one_cycle(1), fit_flat_cos=lambda l: l.fit_flat_cos(1), validate=lambda l: l.validate(),
+    lr_find=lambda l: l.lr_find(num_it=8, show_plot=False), twice=lambda l: (l.fit(1), l.fit(1)))
+
+@pytest.mark.parametrize('labelled', [False,True])
+@pytest.mark.parametrize('K', [None,24])
+@pytest.mark.parametrize('how', fits)
+def test_fits(how, K, labelled):
+    learn = small_learner(labelled=labelled, K=K, queue_start_pct=0., cbs=[CountSteps])
+    own = learn.loss_func
+    fits[how](learn)
+    assert learn.loss_func is own
+    torch.testing.assert_close(norms(learn), torch.ones(20), atol=1e-6, rtol=0)
+    if how!='validate': assert finite(learn)
+    if how=='lr_find': return
+    assert np.isfinite(learn.validate()[0])
+
+cbs = dict(
+    accumulate=lambda p: [GradientAccumulation(40)], clip=lambda p: [GradientClip(1.)], short=lambda p: [ShortEpochCallback(.3)], csv=lambda p: [CSVLogger(p/'log.csv')],
+    save=lambda p: [SaveModelCallback(monitor='valid_loss')], stop=lambda p: [EarlyStoppingCallback(monitor='valid_loss', patience=0)],
+    graph=lambda p: [ShowGraphCallback()], channels_last=lambda p: [ChannelsLast()],
+    fp16=lambda p: [MixedPrecision('fp16')], bf16=lambda p: [MixedPrecision('bf16')])
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', cbs)
+def test_with_callbacks(name, tmp_path):
+    learn = small_learner(K=24, cbs=[*cbs[name](tmp_path), CountSteps], learner=dict(path=tmp_path))
+    own = learn.loss_func
+    if name=='graph':
+        from fastai.callback.progress import ProgressCallback
+        learn.add_cb(ProgressCallback)
+    learn.fit(2)
+    assert learn.loss_func is own and (finite(learn) or name=='short')
+    n = dict(accumulate=3, short=6).get(name)  # 5 batches of 16 an epoch: 40 are reached after 3, 6 and 9 of the 10; a short one has 3
+    if n: assert learn.count_steps.n_taken==n
+    if name=='csv': assert len((tmp_path/'log.csv').read_text().splitlines())==3
+    if name=='save': assert (tmp_path/'models'/'model.pth').exists()
+    plt.close('all')
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16])
+def test_float32_from_scores_to_loss_under_autocast(dtype):
+    learn = small_learner(K=24, queue_start_pct=0.)
+    seen = {}
+    class Look(Callback):
+        order = 50
+        def after_pred(self): seen.update(scores=self.pred[1].dtype)
+        def after_loss(self): seen.update(loss=self.loss.dtype, codes=self.swav.codes.dtype)
+    learn.add_cb(Look())
+    with torch.autocast('cpu', dtype=dtype): learn.fit(1)
+    assert set(seen.values())=={torch.float32} and finite(learn)
+
+def test_last_batch_may_be_shorter():
+    learn = small_learner(n=60, bs=16, K=20, queue_start_pct=0., dls=digits(60, bs=16))
+    learn.dls.train.drop_last = False
+    assert [len(b[0]) for b in learn.dls.train]==[16,16,16]
+    learn.dls.train = learn.dls.train.new(bs=20, drop_last=False)
+    learn.fit(1)
+    assert len(learn.recorder.losses)==3 and finite(learn) and learn.model.queue.n_pushed==48
+
+def test_save_load_export(tmp_path):
+    learn = small_learner(K=24, learner=dict(path=tmp_path))
+    learn.fit(1)
+    learn.save('a')
+    queue = learn.model.queue.features.clone()
+    for K in (24,None,30):  # the queue travels; a Learner without one, or with another length, loads the file too
+        other = small_learner(seed=1, K=K, learner=dict(path=tmp_path))
+        other.load('a')
+        torch.testing.assert_close(other.model.queue.features, queue)
+        for a,b in zip(other.model.parameters(), learn.model.parameters()): torch.testing.assert_close(a, b, atol=0, rtol=0)
+        other.fit(1)
+    learn.export('e.pkl')
+    again = load_learner(tmp_path/'e.pkl')
+    x = digits(40).valid.one_batch()[0]
+    for a,b in zip(again.model.eval()(x), learn.model.eval()(x)): torch.testing.assert_close(a, b)
+    preds,_ = again.get_preds(dl=digits(40).valid, act=noop)
+    torch.testing.assert_close(preds[0], learn.model(x)[0])
+    learn.dls = digits(100)
+    learn.fit(1)
+
+def test_get_preds_sees_whole_images():
+    learn = small_learner(K=24)
+    (embedding,scores),_ = learn.get_preds(act=noop)
+    x = torch.cat([b[0] for b in learn.dls.valid])
+    expected = learn.model.eval()(x)
+    torch.testing.assert_close(embedding, expected[0])
+    torch.testing.assert_close(scores, expected[1])
+
+# --- what a step computes -----------------------------------------------------------------------------------------------
+def test_loss_is_the_method():
+    "The loss of a step from its parts: model, plain Sinkhorn over scores and queue, swapped prediction"
+    learn = small_learner(K=24, queue_start_pct=0., eps=.1, temp=.2)
+    seen = []
+    class Look(Callback):
+        order = 50
+        def before_batch(self): self.before = self.model.queue.features.clone()
+        def after_loss(self):
+            z,scores = (o.detach().unflatten(0, (3,-1)) for o in self.pred)
+            codes = []
+            for a in (0,1):
+                rows = torch.cat([scores[a], self.before[a]@self.model.prototypes.weight.T]) if self.swav.model.queue.n_pushed>24+16 else scores[a]
+                codes.append(sinkhorn(rows, .1, 3)[:len(scores[a])])
+            pairs = [(a,v) for a in (0,1) for v in range(3) if a!=v]
+            by_hand = sum(-(codes[a]*(scores[v]/.2).log_softmax(1)).sum(1).mean() for a,v in pairs)/len(pairs)
+            seen.append((self.loss.item(), by_hand.item()))
+    learn.add_cb(Look())
+    learn.fit(1)
+    ours,by_hand = map(np.array, zip(*seen[:5]))
+    np.testing.assert_allclose(ours, by_hand, rtol=1e-5)
+
+def test_thirty_seeded_steps_twice():
+    runs = []
+    for _ in range(2):
+        learn = small_learner(K=24, queue_start_pct=.2, augs=small_augs(blur=True))
+        learn.fit_one_cycle(6)
+        runs.append([float(o) for o in learn.recorder.losses])
+    assert len(runs[0])==30 and runs[0]==runs[1]
+
+def test_looking_changes_nothing():
+    runs = []
+    for look in (False,True):
+        learn = small_learner(K=24)
+        class Show(Callback):
+            def after_epoch(self): learn.swav.show(1)
+        if look: learn.swav.show(2); learn.add_cb(Show())
+        learn.fit(2)
+        runs.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
+        plt.close('all')
+    assert torch.equal(*runs)
+
+# --- queue and frozen prototypes -----------------------------------------------------------------------------------------
+def test_queue_changes_in_training_steps_alone():
+    learn = small_learner(K=24, queue_start_pct=.5)
+    learn.validate()
+    assert learn.model.queue.n_pushed==0
+    learn.fit(1)
+    n,features = learn.model.queue.n_pushed,learn.model.queue.features.clone()
+    assert n==80 and learn.model.queue.features.norm(dim=2).sub(1).abs().max()<1e-5
+    learn.validate(), learn.get_preds(act=noop), learn.swav.show(1), learn.lr_find(num_it=6, show_plot=False)
+    assert learn.model.queue.n_pushed==n and torch.equal(learn.model.queue.features, features)
+    learn.fit(1)
+    assert learn.model.queue.n_pushed==160  # it is not lost between two fits
+    plt.close('all')
+
+@pytest.mark.parametrize('K,pct,first', [(24,.5,5),(24,0.,2),(70,0.,5),(24,1.,None)])
+def test_queue_is_used_when_full_and_wanted(K, pct, first):
+    learn = small_learner(K=K, queue_start_pct=pct)
+    used = []
+    class Look(Callback):
+        def after_pred(self):
+            if self.training: used.append(self.swav.uses_queue)
+    learn.add_cb(Look())
+    learn.fit(2)
+    assert used==[first is not None and i>=first for i in range(10)]
+
+@pytest.mark.parametrize('pct,n_frozen', [(None,5),(0.,0),(.3,3),(1.,10)])
+def test_frozen_prototypes(pct, n_frozen):
+    learn = small_learner(freeze_protos_pct=pct)
+    weights = []
+    class Look(Callback):
+        order = 100
+        def before_fit(self): weights.append(self.model.prototypes.weight.detach().clone())
+        def after_step(self): weights.append(self.model.prototypes.weight.detach().clone())
+    learn.add_cb(Look())
+    learn.fit(2)
+    moved = [not torch.allclose(a, b, atol=1e-6) for a,b in zip(weights, weights[1:])]
+    assert moved==[i>=n_frozen for i in range(10)]
+
+# --- ways out ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_step','after_batch'])
+@pytest.mark.parametrize('exc', [CancelBatchException,CancelFitException,RuntimeError,KeyboardInterrupt])
+@pytest.mark.parametrize('order', [-1,60])
+def test_own_loss_is_back_on_every_way_out(event, exc, order):
+    learn = small_learner()
+    own,order_ = learn.loss_func,order
+    if event=='after_batch' and exc is CancelBatchException: pytest.skip('fastai lets it through')
+    class Out(Callback):
+        order = order_
+    setattr(Out, event, lambda self: (_ for _ in ()).throw(exc('out')))
+    cb = Out()
+    learn.add_cb(cb)
+    with nullcontext() if issubclass(exc, (CancelBatchException,CancelFitException)) else pytest.raises(exc): learn.fit(1)
+    if not (event=='after_pred' and order==60 and exc in (RuntimeError,KeyboardInterrupt)): assert learn.loss_func is own
+    learn.remove_cb(cb)
+    learn.fit(1)
+    assert learn.loss_func is own and finite(learn)
+
+@pytest.mark.parametrize('where,name', [('images','images'),('weights','embedding'),('prototypes','scores')])
+def test_not_finite(where, name):
+    learn = small_learner()
+    learn.fit(1)
+    before = {k:v.clone() for k,v in learn.model.state_dict().items() if isinstance(v, torch.Tensor)}
+    if where=='images': learn.dls.train.dataset.x[33] = float('inf')
+    broken = dict(weights=lambda: learn.model.projector[0].weight, prototypes=lambda: learn.model.prototypes.weight).get(where)
+    if broken: broken().data[0] = float('nan')
+    with pytest.raises(FloatingPointError, match=rf'{name} not finite in batch \d of epoch 0'): learn.fit(1)
+    if where=='images': learn.dls.train.dataset.x[33] = 0
+    else: learn.model.load_state_dict(before, strict=False)
+    learn.fit(1)
+    assert finite(learn)
+
+# --- errors ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('kw,exc,text', [
+    (dict(crop_assgn_ids=[0,3]), ValueError, 'crop_assgn_ids .*3 crops.*got'), (dict(crop_assgn_ids=[]), ValueError, 'crop_assgn_ids'),
+    (dict(crop_assgn_ids=[-1]), ValueError, 'crop_assgn_ids'), (dict(crop_assgn_ids=[0,0]), ValueError, 'crop_assgn_ids'),
+    (dict(aug_pipelines=small_augs()[:1]), ValueError, 'at least two'), (dict(aug_pipelines=None), TypeError, 'aug_pipelines'), (dict(aug_pipelines=[1,2]), TypeError, 'aug_pipelines'),
+    (dict(aug_pipelines=[Pipeline([noop])]*2), ValueError, 'split_idx=0'), (dict(aug_pipelines=[]), ValueError, 'at least two'),
+    (dict(eps=0), ValueError, 'eps must be positive, got 0'), (dict(temp=-.1), ValueError, 'temp must be positive'), (dict(K=0), ValueError, 'K must be'), (dict(K=-3), ValueError, 'K must be'), (dict(K=2.5), ValueError, 'K must be'),
+    (dict(queue_start_pct=1.1), ValueError, 'queue_start_pct must be in'), (dict(freeze_protos_pct=-.1), ValueError, 'freeze_protos_pct must be in'), (dict(n_sinkh_iter=0), ValueError, 'n_sinkh_iter')])
+def test_argument_errors(kw, exc, text):
+    with pytest.raises(exc, match=text): SWAV(**(dict(aug_pipelines=small_augs())|kw))
+
+class Flat(nn.Module):
+    "An encoder that forgets to pool"
+    def __init__(self): super().__init__(); self.conv = nn.Conv2d(1, 4, 3)
+    def forward(self, x): return self.conv(x)
+
+def test_errors_before_the_first_step():
+    def fails(learn, exc, text):
+        before = torch.cat([p.detach().flatten().clone() for p in learn.model.parameters()])
+        with pytest.raises(exc, match=text): learn.fit(1)
+        assert torch.equal(before, torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
+    fails(small_learner(K=80), ValueError, 'K must be smaller than the training set of 80 images, got 80')
+    fails(small_learner(dls=digits(100, n_in=3)), ValueError, 'images must have .*1 channel.*got 3')
+    learn = small_learner()
+    learn.model = nn.Sequential(small_encoder(), nn.Linear(16, 4))
+    fails(learn, TypeError, 'prototypes')
+    with pytest.raises(ValueError, match=r'\(2,n\)'): create_swav_model(Flat())
+    with pytest.raises(ValueError, match='num_crops.*crop_sizes'): small_augs(num_crops=(2,1,1))
+    learn = small_learner()
+    learn.model.encoder = nn.Sequential(nn.Conv2d(1, 8, 13), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 16))
+    fails(learn, ValueError, r'crop_sizes .*got \(10, 10\)')
+    learn = small_learner(dls=digits(100))
+    learn.dls.train.dataset.x = (learn.dls.train.dataset.x*255).byte()
+    fails(learn, TypeError, 'floating point')
+
+# --- pictures ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('n_in', [1,3])
+def test_show_before_during_after(n_in):
+    learn = small_learner(n_in=n_in, dls=digits(100, n_in=n_in), augs=small_augs((2,2)))
+    def look(n):
+        axes = learn.swav.show(n=n)
+        assert len(axes)==4*n and [ax.images[0].get_array().shape[0] for ax in axes[:4]]==[16,16,10,10]
+        a = np.asarray(axes[0].images[0].get_array())
+        assert a.shape==((16,16) if n_in==1 else (16,16,3)) and 0<=a.min() and a.max()<=1
+        plt.close('all')
+        return a
+    assert not np.array_equal(look(2), look(1))
+    class Look(Callback):
+        order = 50
+        def after_pred(self): look(1)
+    learn.add_cb(Look())
+    learn.fit(1)
+    look(3)
+    with pytest.raises(ValueError, match='n must be at least 1, got 0'): learn.swav.show(0)
+
+def test_print_augs(capsys):
+    SWAV(small_augs(), print_augs=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines)==3 and 'size=16' in lines[0] and 'size=10' in lines[2] and 'scale=(0.1, 0.4)' in lines[2]
+
+# --- the device, without one ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('K', [None,24])
+@pytest.mark.parametrize('hard', [False,True])
+def test_whole_step_on_a_pretended_gpu(K, hard):
+    "Crops, model, codes, queue and loss touch no other device and wait for nothing: each would raise here"
+    from torch._subclasses import FakeTensorMode
+    from types import SimpleNamespace
+    with FakeTensorMode():
+        torch.set_default_device('cuda')
+        try:
+            model = SwAVModel(small_encoder(), create_mlp_module(16, 16, 8), Prototypes(8, 20))
+            cb = SWAV(get_augs := small_augs(), K=K, queue_start_pct=0., hard=hard)
+            cb.learn = SimpleNamespace(model=model, training=True, pct_train=.5, n_epoch=2, train_iter=7, dls=SimpleNamespace(train=range(5)))
+            if K: model.queue.resize(2, K, 8)
+            for _ in range(3):
+                x = torch.rand(16, 1, 16, 16)
+                assert not (cb.images is None and setattr(cb, 'images', x))
+                assert cb._look is False
+                crops = cb.cut(x)
+                assert all(c.device.type=='cuda' for c in crops)
+                loss = cb.view_loss(model(crops))
+            assert loss.device.type=='cuda' and loss.dtype==torch.float32
+            assert cb.uses_queue==bool(K) and len(get_augs)==3
+        finally: torch.set_default_device('cpu')
