@@ -187,7 +187,7 @@ def _spans(n_out, n_in, reach, flip, block=112):
         lo,hi = max(p-reach, 0),min(q+reach, n_out)
         yield a,b,max(int((lo+.5)*scale-max(scale,1)), 0),min(math.ceil((hi-.5)*scale+max(scale,1)), n_in)
 
-# %% ../nbs/12_augment.ipynb #0059808c
+# %% ../nbs/12_augment.ipynb #cee8f050
 class FusedAugment(K.GeometricAugmentationBase2D):
     "Crop, flip, blur, rotate, colour and normalise a batch in three matrix products"
     _compute_matrix_lazily = True
@@ -372,7 +372,7 @@ class ExactAugment(nn.Module):
         "`n` crops of every image: a list of `n` batches"
         return [self(x) for _ in range(n)]
 
-# %% ../nbs/12_augment.ipynb #36b95404
+# %% ../nbs/12_augment.ipynb #bac5966c
 def _is_image(x): return isinstance(x, TensorImageBase) or not isinstance(x, TensorBase)
 
 class BatchAugment(Transform):
