@@ -5,8 +5,7 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.vision.all import (ChannelsLast, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, Pipeline,
                                SaveModelCallback, ShortEpochCallback, ShowGraphCallback, load_learner, noop)
 from torch import nn
-from helpers import digits, seed_all, small_augs, small_encoder, small_learner
-from self_supervised_swav.losses import swapped_loss
+from helpers import digits, small_augs, small_encoder, small_learner
 from self_supervised_swav.models import Prototypes, SwAVModel, create_mlp_module, create_swav_model
 from self_supervised_swav.sinkhorn import sinkhorn
 from self_supervised_swav.swav import SWAV
