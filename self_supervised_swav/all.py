@@ -10,4 +10,5 @@ from .augment import *
 from .multiview import *
 from .swav import *
 from .optimizer import *
+from .distributed import *
 from .data import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MultiView']
 
-# %% ../nbs/20_multiview.ipynb #e59bab96
+# %% ../nbs/20_multiview.ipynb #24eb9db1
 import random
 from contextlib import contextmanager
 import numpy as np, torch
@@ -14,11 +14,12 @@ from fastcore.basics import patch
 from fasttransform import Pipeline
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor
-from fastai.torch_core import TensorImage, get_model, show_image
+from fastai.torch_core import TensorImage, get_model, rank_distrib, show_image
 from fastai.vision.data import get_grid
 from .augment import multi_crop, normalize_images
+from .collectives import exchange, world
 
-# %% ../nbs/20_multiview.ipynb #f6a095df
+# %% ../nbs/20_multiview.ipynb #649ae3c5
 class MultiView(Callback):
     "Train on several crops of every image; a method defines `view_loss`, and what it wants of the other events"
     order = CastToTensor.order-1  # crops are normalised by type, which CastToTensor takes off; between GradientAccumulation and MixedPrecision
@@ -29,9 +30,11 @@ class MultiView(Callback):
         print_augs:bool=False # Print the pipelines
     ):
         self.aug_pipelines = _check_pipelines(aug_pipelines)
-        self.own_loss_func,self.images,self.checked,self.n_shown = None,None,False,0
-        if print_augs: print(*self.aug_pipelines, sep='\n')
+        self.own_loss_func,self.images,self.sizes,self.checked,self.n_shown = None,None,None,False,0
+        if print_augs and not rank_distrib(): print(*self.aug_pipelines, sep='\n')
 
+    @property
+    def _group(self): return world()
     @property
     def n_views(self): return len(self.aug_pipelines)
     @property
@@ -48,14 +51,15 @@ class MultiView(Callback):
         x = self.images = self._take_images()
         if not self.learn.yb: self.learn.yb = (x,)
         if self._whole_images: self.learn.xb = (normalize_images(self.aug_pipelines, x),)
-        else: self.learn.xb = (self.cut(x),)
+        else:
+            self._check_finite(x)
+            self.learn.xb = (self.cut(x),)
         if self.training and not self.checked: self._dry_run(*self.learn.xb)
-        if self._look and not _is_finite(x): self._raise_not_finite()
 
     def after_pred(self): self.own_loss_func,self.learn.loss_func = self.learn.loss_func,self._loss_once
 
     def before_backward(self):
-        if self._look and not _is_finite(self.learn.loss_grad): self._raise_not_finite()
+        if self._look: self._check_finite(self.learn.loss_grad)
 
     def _end_batch(self):
         self._restore_loss()
@@ -94,19 +98,23 @@ def _take_images(self:MultiView):
     if not xb[0].is_floating_point(): raise TypeError(f"images must be floating point in [0,1] (add IntToFloatTensor()), got {xb[0].dtype}")
     return xb[0]
 
-# %% ../nbs/20_multiview.ipynb #3ca4eec3
+# %% ../nbs/20_multiview.ipynb #0bc450c9
 @patch
 def _loss_once(self:MultiView, pred, *yb):
     "Put the Learner's own loss back, then compute the method's"
     self._restore_loss()
     if self._whole_images: return torch.full((), torch.nan)  # whole images: there is nothing to compare them with
-    return self.view_loss(pred)
+    loss,weight = self.view_loss(pred),self._weight_of_rank
+    return loss if weight==1 else loss*weight
+
+@patch(as_prop=True)
+def _weight_of_rank(self:MultiView): return len(self.images)*len(self.sizes)/sum(self.sizes)
 
 @patch
 def _restore_loss(self:MultiView):
     if self.own_loss_func is not None: self.learn.loss_func,self.own_loss_func = self.own_loss_func,None
 
-# %% ../nbs/20_multiview.ipynb #3580d0ec
+# %% ../nbs/20_multiview.ipynb #321eac39
 def _is_finite(x): return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())  # a sum reads once and writes nothing
 
 @patch(as_prop=True)
@@ -114,18 +122,25 @@ def _look(self:MultiView):
     return self.training and (self.images.device.type=='cpu' or self.train_iter%self.finite_every==self.finite_every-1)
 
 @patch
+def _check_finite(self:MultiView, x):
+    "Tell all ranks how many images are here, and whether `x` is finite where it is time to look; raise if it is not on any of them"
+    said = exchange(len(self.images), not self._look or _is_finite(x), device=x.device, group=self._group)
+    self.sizes = [int(n) for n,_ in said]
+    if not all(ok for _,ok in said): self._raise_not_finite()
+
+@patch
 def _raise_not_finite(self:MultiView):
     "Name the first tensor of this step that is not finite"
     pred = self.learn.pred if isinstance(self.learn.pred, tuple) else ()
     suspects = [('images',self.images), *((f'crop {i}',c) for i,c in enumerate(self.learn.xb[0])), *zip(('embedding','scores'), pred)]
-    name = next((n for n,o in suspects if not _is_finite(o)), 'loss')
+    name = next((n for n,o in suspects if not _is_finite(o)), 'loss' if len(self.sizes)==1 else 'loss here or a value on another rank')
     self.learn.opt.zero_grad()
     self.learn.pred = None
     raise FloatingPointError(f"{name} not finite in batch {self.iter} of epoch {self.epoch}; the weights are those of the step before")
 
 @patch
 def _dry_run(self:MultiView, crops):
-    "Two images through the model in eval mode: sizes, channels and shapes are right, or an error says which is not"
+    "Two images (one twice, if there is but one) through the model in eval mode: sizes, channels and shapes are right, or an error says which is not"
     model = self.swav_model
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     n_in = crops[0].shape[1]
@@ -134,15 +149,15 @@ def _dry_run(self:MultiView, crops):
     model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance('force_eager'):
-            for c in {c.shape[-2:]: c[:2] for c in crops}.values():
+            for c in {c.shape[-2:]: c[[0,-1]] for c in crops}.values():
                 try: model(c)
                 except Exception as e: raise ValueError(f"crop_sizes must be sizes that the encoder takes, got {tuple(c.shape[-2:])}: {e}") from e
-            self.check_pred(model([c[:2] for c in crops]))
+            self.check_pred(model([c[[0,-1]] for c in crops]))
     finally:
         for m,mode in modes.items(): m.training = mode
     self.checked = True
 
-# %% ../nbs/20_multiview.ipynb #eed0bdf9
+# %% ../nbs/20_multiview.ipynb #fc9eb12c
 @contextmanager
 def _own_randomness(seed, dl):
     "Random numbers from `seed` inside, the old states afterwards"
@@ -169,7 +184,7 @@ def show(self:MultiView,
     views = [p.decode(TensorImage(c[:n].float())).as_subclass(torch.Tensor).clamp(0,1) for p,c in zip(self.aug_pipelines, crops)]
     views.sort(key=lambda v: -v.shape[-1])
     n,n_views = len(views[0]),len(views)
-    axes = get_grid(n*n_views, nrows=n, ncols=n_views, figsize=figsize or (1.6*n_views, 1.6*n+.3))
+    axes = get_grid(n*n_views, nrows=n, ncols=n_views, figsize=figsize or (1.2*n_views, 1.2*n+.3), layout='constrained')
     for i,ax in enumerate(axes):
         im = views[i%n_views][i//n_views]
         show_image(im, ax=ax, cmap='gray', vmin=0, vmax=1, title=f'{im.shape[-1]} px' if i<n_views else None)

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['SWAV']
 
-# %% ../nbs/21_swav.ipynb #19e4d111
+# %% ../nbs/21_swav.ipynb #6ef7de58
 from functools import partial
 import torch
-import torch.distributed as dist
 from fastcore.basics import patch
+from .collectives import share
 from .losses import swapped_loss
 from .models import SwAVModel
 from .multiview import MultiView
 from .sinkhorn import sinkhorn
 
-# %% ../nbs/21_swav.ipynb #8ddae1aa
+# %% ../nbs/21_swav.ipynb #8e06bc16
 class SWAV(MultiView):
     "Swapped prediction of cluster assignments between crops of an image (SwAV)"
     def __init__(self,
@@ -48,7 +48,7 @@ class SWAV(MultiView):
         super().before_fit()
         model,n_train = self.swav_model,len(self.dls.train.dataset)
         if not isinstance(model, SwAVModel): raise TypeError(f"model must have an encoder, a projector and prototypes, as create_swav_model gives, got {type(model).__name__}")
-        if self.K is not None and self.K>=n_train: raise ValueError(f"K must be smaller than the training set of {n_train} images, got {self.K}")
+        if self.K is not None and 0<n_train<=self.K: raise ValueError(f"K must be smaller than the training set of {n_train} images, got {self.K}")
         model.prototypes.normalize_()
         model.queue.resize(*((len(self.crop_assgn_ids),self.K,self._weight.shape[1]) if self.K else (0,0,0)))
 
@@ -87,7 +87,7 @@ def uses_queue(self:SWAV):
     "Do the codes of this step see the queue?"
     return self.swav_model.queue.full and self._step>=round(self.queue_start_pct*self._n_steps)
 
-# %% ../nbs/21_swav.ipynb #68219e45
+# %% ../nbs/21_swav.ipynb #e3efa10d
 @patch(as_prop=True)
 def _weight(self:SWAV): return self.swav_model.prototypes.weight
 
@@ -101,9 +101,10 @@ def get_codes(self:SWAV,
     codes = self._scratch('codes', scores, len(self.crop_assgn_ids), B, n_protos)
     for q,i,a in zip(codes, self.crop_assgn_ids, range(len(codes))):
         if self.uses_queue:
-            rows,all_codes = (self._scratch(o, scores, B+queue.length, n_protos) for o in ('rows','row_codes'))
+            past = queue.features[a,share(queue.length, self._group)]  # all ranks hold the same queue: its rows count once
+            rows,all_codes = (self._scratch(o, scores, B+len(past), n_protos) for o in ('rows','row_codes'))
             rows[:B] = scores[i]
-            torch.mm(queue.features[a], self._weight.detach().T, out=rows[B:])
+            torch.mm(past, self._weight.detach().T, out=rows[B:])
             q.copy_(sinkhorn_(rows, out=all_codes)[:B])
         else: sinkhorn_(scores[i], out=q)
     return codes
@@ -115,11 +116,8 @@ def _scratch(self:SWAV, name, like, *shape):
     if x is None or x.shape!=shape or x.device!=like.device: x = self.scratch[name] = like.new_empty(shape)
     return x
 
-@patch(as_prop=True)
-def _group(self:SWAV): return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-
 @patch
 def _collect(self:SWAV, embedding):
     "Push the assigned crops' embeddings, in training steps alone"
     if self.K and self.training and not hasattr(self.learn, 'lr_finder'):
-        self.swav_model.queue.push(embedding[self.crop_assgn_ids].float(), self._group)
+        self.swav_model.queue.push(embedding[self.crop_assgn_ids].float(), self._group, self.sizes)
