@@ -8,7 +8,7 @@ __all__ = ['swapped_loss']
 # %% ../nbs/01_losses.ipynb #94eae3d9
 import torch
 
-# %% ../nbs/01_losses.ipynb #a94a6308
+# %% ../nbs/01_losses.ipynb #39e4c34b
 _N_CACHE = 1<<18  # entries of a block that stays in the cache between the steps that read it
 _N_BLOCK = 1<<24  # the same where memory is fast and launches are dear: a bound on temporaries
 
@@ -29,7 +29,7 @@ class _SwappedLoss(torch.autograd.Function):
             if grad is None:  # a second backward through a retained graph: the first took the gradient along
                 grad = torch.empty_like(scores, memory_format=torch.contiguous_format)
                 _loss_and_grad(scores, codes, ctx.assign_ids, ctx.temp, grad)
-            if grad.device.type!='cpu' or grad_output!=1: grad.mul_(grad_output)  # a CPU may look: a pass over all scores costs more
+            if grad.device.type!='cpu' or grad_output!=1: grad.mul_(grad_output)  # a look is cheap there
         return (_FirstOnly.apply(grad, scores) if torch.is_grad_enabled() else grad),None,None,None
 
 class _FirstOnly(torch.autograd.Function):
@@ -37,7 +37,8 @@ class _FirstOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, scores): return grad.view_as(grad)
     @staticmethod
-    def backward(ctx, *_): raise RuntimeError("swapped_loss has no second derivative: its gradient is computed in closed form, without a graph")
+    def backward(ctx, *_):
+        raise RuntimeError("swapped_loss has no second derivative: its gradient is computed without a graph")
 
 def _loss_and_grad(scores, codes, assign_ids, temp, grad=None):
     "The loss; its gradient is written into `grad` where one is given"
@@ -61,7 +62,7 @@ def _loss_and_grad(scores, codes, assign_ids, temp, grad=None):
         for v,c in zip(assign_ids, q): g[v] += c
     return torch.vdot(weight.flatten(), log_norm.flatten()).sub_(cross).mul_(temp)
 
-# %% ../nbs/01_losses.ipynb #fa7bf223
+# %% ../nbs/01_losses.ipynb #0753d491
 def swapped_loss(
     scores:torch.Tensor, # (V,B,K) scores of V crops of B images against K prototypes
     codes:torch.Tensor, # (A,B,K) codes of the A assigned crops; taken as constants
@@ -70,7 +71,8 @@ def swapped_loss(
 )->torch.Tensor: # Mean cross entropy over pairs and images, a float32 scalar (float64 for float64 scores)
     "Cross entropy of every other crop's prediction against each code (Caron et al. 2020, Eq. 1-4)"
     assign_ids = tuple(assign_ids)
-    if scores.ndim!=3 or scores.shape[0]<2: raise ValueError(f"scores must have the shape (V,B,K) with at least two crops, got {tuple(scores.shape)}")
+    if scores.ndim!=3 or scores.shape[0]<2:
+        raise ValueError(f"scores must have the shape (V,B,K) with at least two crops, got {tuple(scores.shape)}")
     if not assign_ids or len(set(assign_ids))!=len(assign_ids) or not all(0<=i<len(scores) for i in assign_ids):
         raise ValueError(f"assign_ids must be different indices of the {len(scores)} crops, got {assign_ids}")
     if codes.shape!=(len(assign_ids),*scores.shape[1:]):

@@ -78,7 +78,7 @@ def _stable(S, eps, n_iters, mid, group, Q):
         n_iters -= 1+_N_PLAIN
     _finish(blocks, u)
 
-# %% ../nbs/00_sinkhorn.ipynb #9b51f941
+# %% ../nbs/00_sinkhorn.ipynb #f880fedc
 @torch.no_grad()
 def sinkhorn(
     scores:torch.Tensor, # (B,K) similarities of B samples to K prototypes, finite
@@ -90,13 +90,15 @@ def sinkhorn(
     out:torch.Tensor|None=None # (B,K) tensor to write the codes into, of the result's dtype; None: a new one
 )->torch.Tensor: # (B,K) codes: non-negative, each row sums to 1; float64 for float64 scores, else float32
     "Codes of a batch, each prototype receiving an equal share of it (Caron et al. 2020, Eq. 5-7)"
-    if scores.ndim!=2 or not scores.shape[1]: raise ValueError(f"scores must have the shape (B,K) with K>0, got {tuple(scores.shape)}")
+    if scores.ndim!=2 or not scores.shape[1]:
+        raise ValueError(f"scores must have the shape (B,K) with K>0, got {tuple(scores.shape)}")
     if not eps>0: raise ValueError(f"eps must be positive, got {eps}")
     if n_iters<1: raise ValueError(f"n_iters must be at least 1, got {n_iters}")
     if bound is not None and not bound>0: raise ValueError(f"bound must be positive, got {bound}")
     S = scores if scores.dtype==torch.float64 else scores.float()
     Q = torch.empty_like(S, memory_format=torch.contiguous_format) if out is None else out
-    if Q.shape!=S.shape or Q.dtype!=S.dtype: raise ValueError(f"out must be {tuple(S.shape)} of {S.dtype}, got {tuple(Q.shape)} of {Q.dtype}")
+    if Q.shape!=S.shape or Q.dtype!=S.dtype:
+        raise ValueError(f"out must be {tuple(S.shape)} of {S.dtype}, got {tuple(Q.shape)} of {Q.dtype}")
     lo,hi = (-bound,bound) if bound is not None else _range(S, group)
     run = _plain if (hi-lo)/eps<=_MAX_RANGE[S.dtype] else _stable
     with torch.autocast(S.device.type, enabled=False): run(S, eps, n_iters, (hi+lo)/2, group, Q)
