@@ -4,16 +4,22 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-slow check lab readme clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check lab readme clean
+
+help:                                 ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(SETUP) | $(BIN)/python
+	@echo 'Installing into $(VENV): PyTorch is large, this takes a few minutes'
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(SETUP) | $(BIN)/python
+	@echo 'Installing into $(VENV): PyTorch is large, this takes a few minutes'
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@ $(VENV)/.installed
 

@@ -10,5 +10,7 @@ from .augment import *
 from .multiview import *
 from .swav import *
 from .optimizer import *
+from .resume import *
 from .distributed import *
+from .precision import *
 from .data import *

@@ -71,7 +71,7 @@ def check_images(
     faults = parallel(_fault, files, decode=decode, threadpool=True)
     return {fn:o for fn,o in zip(files, faults) if o}
 
-# %% ../nbs/30_data.ipynb #780769f6
+# %% ../nbs/30_data.ipynb #66ca2fa1
 def _some(files, n=5): return ', '.join(map(str, files[:n])) + (f' and {len(files)-n} more' if len(files)>n else '')
 
 def _find_images(path_or_files, check, skip_bad):
@@ -90,7 +90,7 @@ def _find_images(path_or_files, check, skip_bad):
     if bad:
         msg = f"{len(bad)} of {len(files)} files are not readable images"
         if not skip_bad: raise ValueError(f"{msg}: {_some([f'{k} ({v})' for k,v in bad.items()])}. Pass skip_bad=True to leave them out")
-        warnings.warn(f"skipped: {msg}: {_some(list(bad))}")
+        warnings.warn(f"skipped: {msg}: {_some(list(bad))}", stacklevel=3)
     return [o for o in files if o not in bad]
 
 def _random_split(n, valid_pct, seed):
@@ -104,7 +104,7 @@ def _fit_bs(bs, n_train):
     "The batch size, no larger than the training set: a training epoch drops its last, shorter batch"
     if not bs > 0: raise ValueError(f"bs must be positive, got {bs}")
     if n_train < 2: raise ValueError(f"training needs 2 images or more, got {n_train}")
-    if bs > n_train: warnings.warn(f"bs={bs} is more than the {n_train} training images: using bs={n_train}")
+    if bs > n_train: warnings.warn(f"bs={bs} is more than the {n_train} training images: using bs={n_train}", stacklevel=3)
     return min(bs, n_train)
 
 # %% ../nbs/30_data.ipynb #9ac60b9d
@@ -227,20 +227,21 @@ def read_idx(
     shape = struct.unpack(f'>{b[3]}I', b[4:4+4*b[3]])
     return torch.frombuffer(bytearray(b), dtype=torch.uint8, offset=4+4*b[3]).view(shape)
 
-# %% ../nbs/30_data.ipynb #db9be59a
+# %% ../nbs/30_data.ipynb #f308788b
 _fashion_vocab = ['t-shirt/top','trouser','pullover','dress','coat','sandal','shirt','sneaker','bag','ankle boot']
 _fashion_files = [f'{part}-{kind}-ubyte.gz' for part in ('train','t10k') for kind in ('images-idx3','labels-idx1')]
+
+_debian_path = Path('/usr/share/datasets/fashion-mnist')
 
 def _fashion_path(path, download):
     "The folder that holds the files"
     root = fastai_path('data')
-    downloaded = root/'FashionMNIST'/'raw'
-    if download and path is None:
+    paths = [Path(path)] if path is not None else [_debian_path,root/'FashionMNIST'/'raw']
+    find = lambda: next((p for p in paths if all((p/nm).exists() for nm in _fashion_files)), None)
+    if download and path is None and find() is None:
         from torchvision.datasets import FashionMNIST
         FashionMNIST(root, download=True)
-    paths = [Path(path)] if path is not None else [Path('/usr/share/datasets/fashion-mnist'), downloaded]
-    for p in paths:
-        if all((p/nm).exists() for nm in _fashion_files): return p
+    if found := find(): return found
     raise FileNotFoundError(f"Fashion-MNIST ({', '.join(_fashion_files)}) is not in {' or '.join(map(str, paths))}: install it "
                             "(`apt install dataset-fashion-mnist` on Debian and Ubuntu), pass download=True, or path= of a folder that has the files")
 

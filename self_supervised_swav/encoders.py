@@ -15,7 +15,7 @@ from fastai.vision.models import xresnet
 from timm.layers import PatchEmbed, SelectAdaptivePool2d
 from torch import nn
 
-# %% ../nbs/09_encoders.ipynb #f6c963e5
+# %% ../nbs/09_encoders.ipynb #78bfe513
 class PoolingType(str, Enum):
     "How the last feature map becomes one vector; the values are timm's names"
     Avg, AvgMax, CatAvgMax, Max = 'avg', 'avgmax', 'catavgmax', 'max'
@@ -23,10 +23,11 @@ class PoolingType(str, Enum):
 def _pool_name(pool_type):
     "timm's name of `pool_type`; None stays None"
     if pool_type is None: return None
-    try: return PoolingType(pool_type).value
-    except ValueError: raise ValueError(f"pool_type must be None or one of {[o.value for o in PoolingType]}, got {pool_type!r}") from None
+    names = [o.value for o in PoolingType]
+    if pool_type not in names: raise ValueError(f"pool_type must be None or one of {names}, got {pool_type!r}")
+    return PoolingType(pool_type).value
 
-# %% ../nbs/09_encoders.ipynb #9b642265
+# %% ../nbs/09_encoders.ipynb #95c56c22
 # where architectures keep their stem: timm's names, torchvision's `features`; fastai's XResNet numbers its children
 _stem_names = re.compile(r'(stem|conv_stem|conv1|features\.(conv0|pool0|0\.0))(\.|$)|maxpool$')
 _xresnet_stem_names = re.compile(r'[0-3](\.|$)')
@@ -36,10 +37,11 @@ def _small_stem(model, arch):
     names = _xresnet_stem_names if isinstance(model, xresnet.XResNet) else _stem_names
     stem = [(n,m) for n,m in model.named_modules() if names.match(n)]
     if not any(isinstance(m, nn.Conv2d) for _,m in stem):
-        raise ValueError(f"small_images=True needs a ResNet, ConvNeXt, EfficientNet, MobileNet or ViT, or a relative of theirs; the stem of {arch!r} is unknown")
+        raise ValueError("small_images=True needs a ResNet, ConvNeXt, EfficientNet, MobileNet or ViT, "
+                         f"or a relative of theirs; the stem of {arch!r} is unknown")
     for name,m in stem:
         if isinstance(m, nn.Conv2d): _unstride(m)
-        elif name in ('maxpool','stem.pad') or 'Pool' in type(m).__name__ and m.stride not in (1,(1,1)):
+        elif name in ('maxpool','stem.pad') or 'Pool' in type(m).__name__ and getattr(m, 'stride', 1) not in (1,(1,1)):
             model.set_submodule(name, nn.Identity())
     return model
 
@@ -58,8 +60,16 @@ def _small_patches(patch_embed):
     patch = max(1, round(patch_embed.patch_size[0]/4))
     return dict(patch_size=patch, img_size=tuple(n*patch for n in patch_embed.grid_size))
 
-# %% ../nbs/09_encoders.ipynb #a5bb41a0
-_pretrained_hint = "Pretrained weights need a connection to the internet and an unchanged architecture; pretrained=False starts from random weights"
+# %% ../nbs/09_encoders.ipynb #44aa9b9b
+def _no_weights(arch, e):
+    return RuntimeError(f"no pretrained weights for {arch!r} ({e}): they need a connection to the internet "
+                        "and the unchanged architecture; pretrained=False starts from random weights")
+
+def _is_timm(arch): return ':' in arch or timm.is_model(arch)  # 'hf-hub:...' and 'local-dir:...' are timm's too
+
+def _unknown(arch, names):
+    close = difflib.get_close_matches(arch, dict.fromkeys(names), n=5)
+    raise ValueError(f"arch={arch!r} is no known architecture" + (f"; close ones: {', '.join(close)}" if close else ""))
 
 def _check_n_in(n_in):
     if not isinstance(n_in, int) or n_in < 1: raise ValueError(f"n_in must be a positive whole number, got {n_in!r}")
@@ -74,12 +84,13 @@ def create_timm_encoder(
 ) -> nn.Module:
     "Encoder from the timm model named `arch`"
     _check_n_in(n_in)
+    if not _is_timm(arch): _unknown(arch, timm.list_models())
     kwargs = dict(in_chans=n_in, num_classes=0, global_pool=_pool_name(pool_type), **kwargs)
     model = _timm_model(arch, pretrained, **kwargs)
     if not small_images: return model
     patches = getattr(model, 'patch_embed', None)
-    if isinstance(patches, PatchEmbed) and not patches.strict_img_size: return _timm_model(arch, pretrained, **{**_small_patches(patches), **kwargs})
-    return _small_stem(model, arch)
+    if not isinstance(patches, PatchEmbed) or patches.strict_img_size: return _small_stem(model, arch)
+    return _timm_model(arch, pretrained, **{**_small_patches(patches), **kwargs})
 
 def _timm_model(arch, pretrained, **kwargs):
     try:
@@ -89,12 +100,13 @@ def _timm_model(arch, pretrained, **kwargs):
             return timm.create_model(arch, pretrained=pretrained, **kwargs)
     except AssertionError as e:
         if 'pool' not in str(e).lower(): raise
-        raise ValueError(f"pool_type={kwargs['global_pool']!r} does not exist for {arch!r} ({e}); None is the architecture's own pooling") from e
+        raise ValueError(f"pool_type={kwargs['global_pool']!r} does not exist for {arch!r} ({e}); "
+                         "None is the architecture's own pooling") from e
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
-        raise RuntimeError(f"No pretrained weights for {arch!r}: {e} {_pretrained_hint}") from e
+        raise _no_weights(arch, e) from e
 
-# %% ../nbs/09_encoders.ipynb #932ee83e
+# %% ../nbs/09_encoders.ipynb #f331cedd
 def create_fastai_encoder(
     arch, # Function of an architecture of fastai or torchvision, or its name
     n_in:int=3, # Channels of the images
@@ -108,30 +120,29 @@ def create_fastai_encoder(
     pool_name = _pool_name(pool_type) or 'avg'
     if isinstance(arch, str): arch = _fastai_archs().get(arch) or _unknown(arch, _fastai_archs())
     name = getattr(arch, '__name__', repr(arch))
-    weights = dict(weights='DEFAULT' if pretrained else None) if 'weights' in inspect.signature(arch).parameters else dict(pretrained=pretrained)
+    if 'weights' in inspect.signature(arch).parameters: weights = dict(weights='DEFAULT' if pretrained else None)
+    else: weights = dict(pretrained=pretrained)
     try: model = arch(**{**weights, **kwargs})
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
-        raise RuntimeError(f"No pretrained weights for {name!r}: {e} {_pretrained_hint}") from e
+        raise _no_weights(name, e) from e
     if small_images: _small_stem(model, name)
     try: body = create_body(model, n_in, pretrained, cut=_cut(model))
-    except StopIteration: raise ValueError(f"arch={name!r} has no pooling to cut at; take the timm model of that family by its name") from None
+    except StopIteration:
+        raise ValueError(f"arch={name!r} has no pooling to cut at; take timm's model of that family by name") from None
     return nn.Sequential(body, SelectAdaptivePool2d(pool_type=pool_name, flatten=True))
 
 def _cut(model):
-    "Index of the first child after the feature map in torchvision's models; None: the last one that pools, fastai's rule"
+    "Where the head of a torchvision model begins; None leaves fastai its rule, the last child that pools"
     return next((i for i,(n,_) in enumerate(model.named_children()) if n in ('avgpool','classifier','fc')), None)
 
 def _fastai_archs():
     "Functions of the architectures of fastai and torchvision by name"
     archs = {n:f for n,f in vars(xresnet).items() if inspect.isfunction(f) and n.startswith('x')}
-    return {n:torchvision.models.get_model_builder(n) for n in torchvision.models.list_models(module=torchvision.models)} | archs
+    tv = torchvision.models
+    return {n:tv.get_model_builder(n) for n in tv.list_models(module=tv)} | archs
 
-def _unknown(arch, names):
-    close = difflib.get_close_matches(arch, set(names), n=5)
-    raise ValueError(f"arch={arch!r} is no known architecture" + (f"; close ones: {', '.join(close)}" if close else ""))
-
-# %% ../nbs/09_encoders.ipynb #0389684b
+# %% ../nbs/09_encoders.ipynb #dd884d8e
 def create_encoder(
     arch, # Name of a timm, fastai or torchvision architecture, or the function of one of fastai or torchvision
     n_in:int=3, # Channels of the images
@@ -143,7 +154,7 @@ def create_encoder(
     "Encoder that maps images (B,`n_in`,H,W) to features (B,n)"
     args = dict(n_in=n_in, pretrained=pretrained, pool_type=pool_type, small_images=small_images, **kwargs)
     if callable(arch): return create_fastai_encoder(arch, **args)
-    if not isinstance(arch, str): raise TypeError(f"arch must be the name or the function of an architecture, got {arch!r}")
-    if ':' in arch or timm.is_model(arch): return create_timm_encoder(arch, **args)  # 'hf-hub:...' and 'local-dir:...' are timm's too
+    if not isinstance(arch, str): raise TypeError(f"arch must be a name or a function of an architecture, got {arch!r}")
+    if _is_timm(arch): return create_timm_encoder(arch, **args)
     if arch in _fastai_archs(): return create_fastai_encoder(arch, **args)
     _unknown(arch, [*timm.list_models(), *_fastai_archs()])

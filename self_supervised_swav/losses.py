@@ -8,8 +8,9 @@ __all__ = ['swapped_loss']
 # %% ../nbs/01_losses.ipynb #94eae3d9
 import torch
 
-# %% ../nbs/01_losses.ipynb #afbf524b
-_N_CACHE = 1<<18  # entries of a block of rows that stays in the cache
+# %% ../nbs/01_losses.ipynb #a94a6308
+_N_CACHE = 1<<18  # entries of a block that stays in the cache between the steps that read it
+_N_BLOCK = 1<<24  # the same where memory is fast and launches are dear: a bound on temporaries
 
 class _SwappedLoss(torch.autograd.Function):
     "Value and gradient in one pass over the scores"
@@ -28,7 +29,7 @@ class _SwappedLoss(torch.autograd.Function):
             if grad is None:  # a second backward through a retained graph: the first took the gradient along
                 grad = torch.empty_like(scores, memory_format=torch.contiguous_format)
                 _loss_and_grad(scores, codes, ctx.assign_ids, ctx.temp, grad)
-            grad.mul_(grad_output)
+            if grad.device.type!='cpu' or grad_output!=1: grad.mul_(grad_output)  # a CPU may look: a pass over all scores costs more
         return (_FirstOnly.apply(grad, scores) if torch.is_grad_enabled() else grad),None,None,None
 
 class _FirstOnly(torch.autograd.Function):
@@ -40,25 +41,25 @@ class _FirstOnly(torch.autograd.Function):
 
 def _loss_and_grad(scores, codes, assign_ids, temp, grad=None):
     "The loss; its gradient is written into `grad` where one is given"
-    (V,B,K),A = scores.shape,len(assign_ids)
-    scale = 1/(A*(V-1)*B)
-    n = max(1, _N_CACHE//K) if scores.device.type=='cpu' else max(1, B)
-    total = scores.new_zeros(())
+    V,B,K = scores.shape
+    n = max(1, min(B, (_N_CACHE if scores.device.type=='cpu' else _N_BLOCK)//(V*K)))
+    scale = 1/(temp*len(assign_ids)*(V-1)*B)
+    mass = codes.sum(2).mul_(scale)
+    weight,log_norm = mass.sum(0).repeat(V, 1),scores.new_empty(V, B)
+    for v,m in zip(assign_ids, mass): weight[v] -= m
+    cross,buffers = scores.new_zeros(()),scores.new_empty(2, V*n*K)
     for i in range(0, B, n):
-        s,q = scores[:,i:i+n],codes[:,i:i+n]
-        every = q.sum(0)
-        for v in range(V):
-            others = [a for a in range(A) if assign_ids[a]!=v]
-            if not others:  # the only assigned crop predicts nothing
-                if grad is not None: grad[v,i:i+n] = 0
-                continue
-            t = every if len(others)==A else q[others[0]] if len(others)==1 else q[others].sum(0)
-            mass,top = t.sum(1, keepdim=True),s[v].amax(1, keepdim=True).mul_(1/temp)
-            p = torch.add(-top, s[v], alpha=1/temp, out=grad[v,i:i+n] if grad is not None else None).exp_()
-            norm = p.sum(1, keepdim=True)
-            total += (mass*(norm.log()+top)).sum() - torch.linalg.vecdot(t, s[v]).sum()/temp
-            if grad is not None: p.mul_(mass/norm*(scale/temp)).sub_(t, alpha=scale/temp)
-    return total.mul_(scale)
+        s,q = scores[:,i:i+n],codes[:,i:i+n]*scale
+        x,p = (b[:s.numel()].view(s.shape) for b in buffers)
+        torch.softmax(torch.mul(s, 1/temp, out=x), 2, out=p)
+        log_norm[:,i:i+n] = x.amax(2).sub_(p.amax(2).log_())
+        target = q.sum(0)
+        cross += (x.flatten(1)@target.flatten()).sum()
+        for v,c in zip(assign_ids, q): cross -= torch.vdot(x[v].flatten(), c.flatten())
+        if grad is None: continue
+        g = torch.addcmul(target.neg_(), p, weight[:,i:i+n,None], out=grad[:,i:i+n])
+        for v,c in zip(assign_ids, q): g[v] += c
+    return torch.vdot(weight.flatten(), log_norm.flatten()).sub_(cross).mul_(temp)
 
 # %% ../nbs/01_losses.ipynb #fa7bf223
 def swapped_loss(

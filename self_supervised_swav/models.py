@@ -33,7 +33,7 @@ def create_mlp_module(
         dim_in = dim_hidden
     return nn.Sequential(*layers, nn.Linear(dim_in, dim_out))
 
-# %% ../nbs/10_models.ipynb #a37d4649
+# %% ../nbs/10_models.ipynb #c5824d34
 def _no_autocast(device):
     "Context without autocast on the kind of `device`"
     return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
@@ -56,7 +56,8 @@ class Prototypes(nn.Linear):
         "Put the rows back on the unit sphere, in place; rows that are there stay bit for bit"
         w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
         norm = w.norm(dim=1, keepdim=True)
-        off = (norm-1).abs() > torch.finfo(self.weight.dtype).eps + 8*torch.finfo(w.dtype).eps  # rounding of the rows, and of their norm
+        rounding = torch.finfo(self.weight.dtype).eps + 8*torch.finfo(w.dtype).eps  # of the rows, and of their norms
+        off = (norm-1).abs() > rounding
         self.weight.copy_(torch.where(off, w/norm.clamp(min=1e-12), w))
         return self
 
@@ -67,7 +68,7 @@ class Prototypes(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         self.normalize_()
 
-# %% ../nbs/10_models.ipynb #e6a6ce55
+# %% ../nbs/10_models.ipynb #1f5071f7
 class SwAVModel(nn.Module):
     "Embeddings and prototype scores of crops"
     def __init__(self,
@@ -88,7 +89,8 @@ class SwAVModel(nn.Module):
         if not crops: raise ValueError("crops must be a tensor or a list of at least one, got an empty list")
         for i,o in enumerate(crops):
             if self.n_in and o.shape[1] != self.n_in:
-                raise ValueError(f"images must have the {self.n_in} channel(s) of the encoder, got {tuple(o.shape)} as crop {i}")
+                raise ValueError(f"images must have the encoder's {self.n_in} channel(s), "
+                                 f"got crop {i} of {tuple(o.shape)}")
         runs = [list(g) for _,g in groupby(crops, key=lambda o: o.shape[-2:])]
         z = self.projector(_cat([self.encoder(_cat(o)) for o in runs]))
         with _no_autocast(z.device): z = F.normalize(z.float(), dim=1)
@@ -96,7 +98,7 @@ class SwAVModel(nn.Module):
 
 def _cat(xs): return xs[0] if len(xs) == 1 else torch.cat(xs)
 
-# %% ../nbs/10_models.ipynb #b3e29a93
+# %% ../nbs/10_models.ipynb #81d98f4f
 def create_swav_model(
     encoder:nn.Module, # Images (B,C,H,W) to features (B,n), for instance from `create_encoder`
     hidden_size:int=256, # Width of the projector's hidden layers
@@ -106,17 +108,19 @@ def create_swav_model(
     nlayers:int=2 # Linear layers of the projector
 ) -> SwAVModel:
     "SwAV model around `encoder`, on its device"
-    if not isinstance(encoder, nn.Module): raise TypeError(f"encoder must be a torch.nn.Module, got {type(encoder).__name__}")
+    if not isinstance(encoder, nn.Module): raise TypeError(f"encoder must be a Module, got {type(encoder).__name__}")
     _check_sizes(hidden_size=hidden_size, projection_size=projection_size, n_protos=n_protos, nlayers=nlayers)
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         n_in,features = _probe(encoder)
         projector = create_mlp_module(features.shape[1], hidden_size, projection_size, bn=bn, nlayers=nlayers)
         prototypes = Prototypes(projection_size, n_protos)
-    return SwAVModel(encoder, _to(projector, features.device, features.dtype), _to(prototypes, features.device, torch.float32), n_in)
+    projector = _to(projector, features.device, features.dtype)
+    return SwAVModel(encoder, projector, _to(prototypes, features.device, torch.float32), n_in)
 
 def _to(module, device, dtype):
     "`module.to`, but only where there is something to convert"
-    return module if all((p.device,p.dtype) == (device,dtype) for p in module.parameters()) else module.to(device, dtype)
+    there = all((p.device,p.dtype) == (device,dtype) for p in module.parameters())
+    return module if there else module.to(device, dtype)
 
 @torch.no_grad()
 def _probe(encoder):
@@ -131,19 +135,21 @@ def _probe(encoder):
         for m,mode in modes.items(): m.training = mode
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
         got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
-        raise ValueError(f"encoder must map 2 images to features of shape (2,n), got {got}: pool and flatten its output")
+        raise ValueError(f"encoder must map 2 images to features of shape (2,n), got {got}: pool and flatten them")
     return n_in,features
 
 def _sizes(encoder):
     "Image sizes to try: a small one, the one the encoder was made for, and the usual ones"
-    own = getattr(getattr(encoder, 'patch_embed', None), 'img_size', None) or getattr(encoder, 'pretrained_cfg', {}).get('input_size', ())[1:]
-    return dict.fromkeys([(64,64), *([tuple(own)] if own else []), *((s,s) for s in (224,32,28,256,384))])
+    own = getattr(getattr(encoder, 'patch_embed', None), 'img_size', None)
+    if own is None: own = getattr(encoder, 'pretrained_cfg', {}).get('input_size', (3,64,64))[1:]
+    return dict.fromkeys([(64,64), tuple(own), *((s,s) for s in (224,32,28,256,384))])
 
 def _try_sizes(encoder, channels, sizes, like):
     errors = []
     for c in channels:
         for size in sizes:
             try: return c, encoder(like.new_zeros(2, c, *size))
-            except Exception as e: errors.append((c, size, e))  # any module may be the encoder, and reject a size in its own way
-    (c,(h,w),e) = errors[0]
-    raise ValueError(f"encoder took none of the sizes {[f'{h}x{w}' for h,w in sizes]} with {channels} channels; for images of shape (2,{c},{h},{w}): {e}") from e
+            except Exception as e: errors.append((c,size,e))  # every encoder rejects a size in its own way
+    c,(h,w),e = errors[0]
+    raise ValueError(f"encoder took none of the image sizes {list(sizes)} with {' or '.join(map(str, channels))} "
+                     f"channels; for images of shape (2,{c},{h},{w}) it said: {e}") from e

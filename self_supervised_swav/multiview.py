@@ -157,7 +157,7 @@ def _dry_run(self:MultiView, crops):
         for m,mode in modes.items(): m.training = mode
     self.checked = True
 
-# %% ../nbs/20_multiview.ipynb #eed0bdf9
+# %% ../nbs/20_multiview.ipynb #fc9eb12c
 @contextmanager
 def _own_randomness(seed, dl):
     "Random numbers from `seed` inside, the old states afterwards"
@@ -184,7 +184,7 @@ def show(self:MultiView,
     views = [p.decode(TensorImage(c[:n].float())).as_subclass(torch.Tensor).clamp(0,1) for p,c in zip(self.aug_pipelines, crops)]
     views.sort(key=lambda v: -v.shape[-1])
     n,n_views = len(views[0]),len(views)
-    axes = get_grid(n*n_views, nrows=n, ncols=n_views, figsize=figsize or (1.6*n_views, 1.6*n+.3))
+    axes = get_grid(n*n_views, nrows=n, ncols=n_views, figsize=figsize or (1.2*n_views, 1.2*n+.3), layout='constrained')
     for i,ax in enumerate(axes):
         im = views[i%n_views][i//n_views]
         show_image(im, ax=ax, cmap='gray', vmin=0, vmax=1, title=f'{im.shape[-1]} px' if i<n_views else None)

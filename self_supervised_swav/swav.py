@@ -15,7 +15,7 @@ from .models import SwAVModel
 from .multiview import MultiView
 from .sinkhorn import sinkhorn
 
-# %% ../nbs/21_swav.ipynb #8ddae1aa
+# %% ../nbs/21_swav.ipynb #8e06bc16
 class SWAV(MultiView):
     "Swapped prediction of cluster assignments between crops of an image (SwAV)"
     def __init__(self,
@@ -48,7 +48,7 @@ class SWAV(MultiView):
         super().before_fit()
         model,n_train = self.swav_model,len(self.dls.train.dataset)
         if not isinstance(model, SwAVModel): raise TypeError(f"model must have an encoder, a projector and prototypes, as create_swav_model gives, got {type(model).__name__}")
-        if self.K is not None and self.K>=n_train: raise ValueError(f"K must be smaller than the training set of {n_train} images, got {self.K}")
+        if self.K is not None and 0<n_train<=self.K: raise ValueError(f"K must be smaller than the training set of {n_train} images, got {self.K}")
         model.prototypes.normalize_()
         model.queue.resize(*((len(self.crop_assgn_ids),self.K,self._weight.shape[1]) if self.K else (0,0,0)))
 
