@@ -12,4 +12,5 @@ from .swav import *
 from .optimizer import *
 from .resume import *
 from .distributed import *
+from .precision import *
 from .data import *
