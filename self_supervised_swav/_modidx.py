@@ -235,6 +235,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'self_supervised_swav/knn.py'),
                                           'self_supervised_swav.knn.weighted_knn': ( 'knn.html#weighted_knn',
                                                                                      'self_supervised_swav/knn.py')},
+            'self_supervised_swav.learner': { 'self_supervised_swav.learner.swav_learner': ( 'learner.html#swav_learner',
+                                                                                             'self_supervised_swav/learner.py')},
             'self_supervised_swav.losses': { 'self_supervised_swav.losses._FirstOnly': ( 'losses.html#_firstonly',
                                                                                          'self_supervised_swav/losses.py'),
                                              'self_supervised_swav.losses._FirstOnly.backward': ( 'losses.html#_firstonly.backward',

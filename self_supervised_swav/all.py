@@ -14,3 +14,4 @@ from .resume import *
 from .distributed import *
 from .precision import *
 from .data import *
+from .learner import *
