@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from .collectives import exchange, gather_rows
 
-# %% ../nbs/08_queue.ipynb #062755b9
+# %% ../nbs/08_queue.ipynb #9d35dc8b
 class FeatureQueue(nn.Module):
     "The last `length` embeddings of each of `n_crops` crops; empty until `resize` or `load_state_dict` says otherwise"
     def __init__(self,
@@ -44,7 +44,9 @@ class FeatureQueue(nn.Module):
         sizes:list|None=None # B of every rank in it; None: ask
     ):
         "Replace the oldest embeddings by `x`"
-        if group is not None: x = gather_rows(x, sizes or [int(n) for n, in exchange(x.shape[1], device=x.device, group=group)], group)
+        if group is not None:
+            sizes = sizes or [int(n) for n, in exchange(x.shape[1], device=x.device, group=group)]
+            x = gather_rows(x, sizes, group)
         n = x.shape[1]
         x = x[:,-self.length:]
         start = (self.n_pushed+n-x.shape[1])%self.length
