@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lab readme clean
+.PHONY: help demo test test-slow bench bench-quick check lab readme clean
 
 help:                                 ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -31,6 +31,12 @@ test: $(VENV)/.installed-dev          ## everything that must hold before a chan
 
 test-slow: $(VENV)/.installed-dev     ## the tests marked slow
 	$(BIN)/python -m pytest -q -m slow tests
+
+bench: $(VENV)/.installed-dev         ## this package beside its peers, kept in benchmarks/README.md
+	$(BIN)/python -W ignore benchmarks/run.py --write
+
+bench-quick: $(VENV)/.installed-dev   ## the same in under three minutes, only printed
+	$(BIN)/python -W ignore benchmarks/run.py --quick
 
 check: $(VENV)/.installed-dev         ## are the package and README what the notebooks give?
 	$(BIN)/python tools/drift.py

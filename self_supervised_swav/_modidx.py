@@ -456,6 +456,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'self_supervised_swav.resume._read': ('resume.html#_read', 'self_supervised_swav/resume.py'),
                                              'self_supervised_swav.resume._read_last': ( 'resume.html#_read_last',
                                                                                          'self_supervised_swav/resume.py'),
+                                             'self_supervised_swav.resume._say': ('resume.html#_say', 'self_supervised_swav/resume.py'),
                                              'self_supervised_swav.resume._set_attrs': ( 'resume.html#_set_attrs',
                                                                                          'self_supervised_swav/resume.py'),
                                              'self_supervised_swav.resume._set_grads': ( 'resume.html#_set_grads',

@@ -8,10 +8,7 @@ __all__ = ['swapped_loss']
 # %% ../nbs/01_losses.ipynb #94eae3d9
 import torch
 
-# %% ../nbs/01_losses.ipynb #39e4c34b
-_N_CACHE = 1<<18  # entries of a block that stays in the cache between the steps that read it
-_N_BLOCK = 1<<24  # the same where memory is fast and launches are dear: a bound on temporaries
-
+# %% ../nbs/01_losses.ipynb #ce51785b
 class _SwappedLoss(torch.autograd.Function):
     "Value and gradient in one pass over the scores"
     @staticmethod
@@ -42,25 +39,21 @@ class _FirstOnly(torch.autograd.Function):
 
 def _loss_and_grad(scores, codes, assign_ids, temp, grad=None):
     "The loss; its gradient is written into `grad` where one is given"
-    V,B,K = scores.shape
-    n = max(1, min(B, (_N_CACHE if scores.device.type=='cpu' else _N_BLOCK)//(V*K)))
-    scale = 1/(temp*len(assign_ids)*(V-1)*B)
-    mass = codes.sum(2).mul_(scale)
-    weight,log_norm = mass.sum(0).repeat(V, 1),scores.new_empty(V, B)
+    V,B,_ = scores.shape
+    scale = 1/(len(assign_ids)*(V-1)*B)
+    target,mass = codes.sum(0),codes.sum(2)
+    weight = mass.sum(0).repeat(V, 1)
     for v,m in zip(assign_ids, mass): weight[v] -= m
-    cross,buffers = scores.new_zeros(()),scores.new_empty(2, V*n*K)
-    for i in range(0, B, n):
-        s,q = scores[:,i:i+n],codes[:,i:i+n]*scale
-        x,p = (b[:s.numel()].view(s.shape) for b in buffers)
-        torch.softmax(torch.mul(s, 1/temp, out=x), 2, out=p)
-        log_norm[:,i:i+n] = x.amax(2).sub_(p.amax(2).log_())
-        target = q.sum(0)
-        cross += (x.flatten(1)@target.flatten()).sum()
-        for v,c in zip(assign_ids, q): cross -= torch.vdot(x[v].flatten(), c.flatten())
-        if grad is None: continue
-        g = torch.addcmul(target.neg_(), p, weight[:,i:i+n,None], out=grad[:,i:i+n])
-        for v,c in zip(assign_ids, q): g[v] += c
-    return torch.vdot(weight.flatten(), log_norm.flatten()).sub_(cross).mul_(temp)
+    top = scores.amax(2, keepdim=True).mul_(1/temp)
+    p = torch.add(-top, scores, alpha=1/temp, out=grad).exp_()
+    norm = p.sum(2, keepdim=True)
+    cross = torch.einsum('bk,vbk->vb', target, scores)
+    for v,q in zip(assign_ids, codes): cross[v] -= torch.linalg.vecdot(q, scores[v])
+    loss = (weight*(norm.log() + top)[...,0]).sub_(cross, alpha=1/temp).sum()
+    if grad is not None:
+        torch.addcmul(target.mul_(-scale/temp), p, weight[...,None].mul_(scale/temp)/norm, out=p)
+        for v,q in zip(assign_ids, codes): p[v] += q*(scale/temp)
+    return loss.mul_(scale)
 
 # %% ../nbs/01_losses.ipynb #0753d491
 def swapped_loss(

@@ -156,7 +156,7 @@ def _read_last(path):
     if state is not None and 'settings' not in state: raise ValueError(f"{path} is not a file of ResumeTraining")
     return state
 
-# %% ../nbs/27_resume.ipynb #e02a14a4
+# %% ../nbs/27_resume.ipynb #a3769949
 _atoms = bool,int,float,str,type(None)
 
 def _plain(o, tensors=True):
@@ -199,7 +199,7 @@ def _set_state(cb, state):
         if cb.losses: cb.learn.smooth_loss = cb.losses[-1]
         if cb.values: cb.learn.final_record = cb.values[-1].copy()
     elif hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(state)
-    else: _set_attrs(cb, state)
+    else: _set_attrs(cb, {k: v for k,v in state.items() if k!='run' or not rank_distrib()})  # what rests on this rank, for rank 0 writes, rests on
 
 def _get_grads(model):
     "Gradients; False for one of zeros, which some optimizers leave behind"
@@ -258,7 +258,10 @@ def _compare(path, saved, here):
     advice = 'is of another fit; repeat its settings, or delete it to start anew'
     if said: raise ValueError('\n'.join([f'{path} {advice}:', *said]))
 
-# %% ../nbs/27_resume.ipynb #5aa8ce46
+# %% ../nbs/27_resume.ipynb #b07660f4
+def _say(text):
+    if not rank_distrib(): print(text)
+
 class ResumeTraining(Callback):
     "Write everything that the fit depends on to `path`, and go on from there if it exists"
     order,remove_on_fetch = SaveModelCallback.order+100,True  # after all that changes the model at the end of a fit
@@ -315,7 +318,7 @@ class ResumeTraining(Callback):
         self.settings,ckpt = _get_settings(self.learn, self.n_fit==0),_read_last(self.file)
         if ckpt and ckpt['fit']<self.n_fit: ckpt = None  # of the fit before this
         if ckpt and ckpt['fit']>self.n_fit:
-            print(f"{self.file}: fit {self.n_fit+1} is finished, a later one is under way")
+            _say(f"{self.file}: fit {self.n_fit+1} is finished, a later one is under way")
             self.n_fit += 1
             raise CancelFitException()
         if ckpt:
@@ -323,10 +326,10 @@ class ResumeTraining(Callback):
             getattr(self.dls, 'n_inp', None)             # fastai finds it out by one batch, which must not come later
             self._restore(ckpt)
             if ckpt['finished']:
-                print(f"{self.file}: training is finished, nothing to do (delete the file to train again)")
+                _say(f"{self.file}: training is finished, nothing to do (delete the file to train again)")
                 self.n_fit += 1
                 raise CancelFitException()
-            print(f"{self.file}: going on at epoch {ckpt['epoch']}, batch {ckpt['batch']}")
+            _say(f"{self.file}: going on at epoch {ckpt['epoch']}, batch {ckpt['batch']}")
         self.ckpt,self.at_work = ckpt,True
 
     def _train(self):

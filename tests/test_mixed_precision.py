@@ -56,6 +56,7 @@ def test_methods_come_and_go():
     assert learn.to_bf16(force=True) is learn and learn.mixed_precision.amp_mode==AMPMode.BF16 and learn.mixed_precision.force
     learn.to_fp32()
     assert not hasattr(learn, 'mixed_precision') and not any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
+    learn.model.encoder = Small()
     learn.to_fp16(force=True, init_scale=8.)
     learn.fit(1)
     assert learn.mixed_precision.kwargs['init_scale']==8. and np.isfinite([float(o) for o in learn.recorder.losses]).all()
