@@ -1,5 +1,5 @@
 "The benchmarks' harness on tiny sizes: its figures mean what they say."
-import subprocess, sys, time
+import sys, time
 from pathlib import Path
 import pytest, torch
 

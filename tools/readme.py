@@ -2,6 +2,7 @@
 import ast, re, sys
 from base64 import b64decode
 from pathlib import Path
+from run_nb import as_shown
 
 root = Path(__file__).resolve().parent.parent
 images = Path('docs')/'images'
@@ -21,7 +22,7 @@ def linker():
 def fence(text, lang=''): return f'```{lang}\n{text.rstrip()}\n```'
 
 def render_output(o, add_image):
-    if o.output_type == 'stream': return fence(o.text) if o.name == 'stdout' else ''
+    if o.output_type == 'stream': return fence(as_shown(o.text)) if o.name == 'stdout' else ''
     data = o.get('data', {})
     if 'image/png' in data: return f'![]({add_image(data["image/png"])})'
     if 'text/markdown' in data: return data['text/markdown'].strip()
