@@ -249,6 +249,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'self_supervised_swav/losses.py'),
                                              'self_supervised_swav.losses._SwappedLoss.forward': ( 'losses.html#_swappedloss.forward',
                                                                                                    'self_supervised_swav/losses.py'),
+                                             'self_supervised_swav.losses._empty': ('losses.html#_empty', 'self_supervised_swav/losses.py'),
                                              'self_supervised_swav.losses._loss_and_grad': ( 'losses.html#_loss_and_grad',
                                                                                              'self_supervised_swav/losses.py'),
                                              'self_supervised_swav.losses.swapped_loss': ( 'losses.html#swapped_loss',
