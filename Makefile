@@ -4,16 +4,22 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := settings.ini setup.py pyproject.toml
 
-.PHONY: demo test test-slow check lab readme clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow bench bench-quick check lab readme clean
+
+help:                                 ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(SETUP) | $(BIN)/python
+	@echo 'Installing into $(VENV): PyTorch is large, this takes a few minutes'
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(SETUP) | $(BIN)/python
+	@echo 'Installing into $(VENV): PyTorch is large, this takes a few minutes'
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@ $(VENV)/.installed
 
@@ -25,6 +31,12 @@ test: $(VENV)/.installed-dev          ## everything that must hold before a chan
 
 test-slow: $(VENV)/.installed-dev     ## the tests marked slow
 	$(BIN)/python -m pytest -q -m slow tests
+
+bench: $(VENV)/.installed-dev         ## this package beside its peers, kept in benchmarks/README.md
+	$(BIN)/python -W ignore benchmarks/run.py --write
+
+bench-quick: $(VENV)/.installed-dev   ## the same in under three minutes, only printed
+	$(BIN)/python -W ignore benchmarks/run.py --quick
 
 check: $(VENV)/.installed-dev         ## are the package and README what the notebooks give?
 	$(BIN)/python tools/drift.py

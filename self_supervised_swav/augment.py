@@ -57,7 +57,7 @@ def _largest_box(h, w, scale, ratio):
     fh,fw = _fallback_box(h, w, ratio)
     return max(fh, min(bh,h)),max(fw, min(bw,w))
 
-# %% ../nbs/12_augment.ipynb #f6695dcf
+# %% ../nbs/12_augment.ipynb #1b888988
 class FusedGenerator(RandomGeneratorBase):
     "Draws the parameters of `FusedAugment`, on the CPU"
     def __init__(self, scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p, blur_p, blur_s):
@@ -65,12 +65,12 @@ class FusedGenerator(RandomGeneratorBase):
         store_attr()
 
     def make_samplers(self, device, dtype): pass # always the CPU's global generator
-    def __repr__(self): return ', '.join(f'{k}={getattr(self,k)}' for k in self.__stored_args__)
+    def __repr__(self): return ', '.join(f'{k}={v}' for k,v in vars(self).items() if k[0]!='_' and k!='training')
 
     def forward(self, batch_shape, same_on_batch=False, n=1):
         "`n` rows per image: row `v*len(batch)+i` is crop `v` of image `i`"
         bs,(h,w) = batch_shape[0],batch_shape[-2:]
-        u = torch.rand(n if same_on_batch else n*bs, 37, dtype=torch.float64)
+        u = torch.rand(n if same_on_batch else n*bs, 37, dtype=torch.float64, device='cpu')
         if same_on_batch: u = u.repeat_interleave(bs, 0)
         def between(i, lo, hi): return u[:,i]*(hi-lo) + lo
         def when(i, p, value, neutral): return torch.where(u[:,i]<p, value, neutral)
@@ -106,7 +106,7 @@ def resize_taps(
 
 def dense(j, w, n): return w.new_zeros(*w.shape[:2], n).scatter_add_(2, j, w)
 
-# %% ../nbs/12_augment.ipynb #0a0847e4
+# %% ../nbs/12_augment.ipynb #4d4da589
 def blur_band(
     sigma:Tensor, # Standard deviations in pixels, (N,); 0 for no blur
     radius:int, # Half width of the kernel
@@ -123,11 +123,11 @@ def blur_rows(
     band:Tensor # One block of the blur of each, (N,n,n+2*radius)
 )->Tensor: # (N,blocks*n,m)
     "Blur the rows of matrices block by block"
-    (n,k),m = band.shape[-2:],w.shape[2]
+    n,k = band.shape[-2:]
     windows = w.unfold(1, k, n).mT # (N,blocks,k,m)
     return (band[:,None] @ windows).flatten(1, 2)
 
-# %% ../nbs/12_augment.ipynb #c1b08452
+# %% ../nbs/12_augment.ipynb #79fcfefc
 _luma = .299,.587,.114
 
 def hue_matrix(
@@ -144,28 +144,31 @@ def colour_matrices(
     channels:int # 1 or 3
 )->tuple: # A and D, (N,channels,channels): a pixel x becomes A@x + D@(mean pixel)
     "Fold the colour operations of each image into two matrices"
-    eye = torch.eye(channels, dtype=factors.dtype)
+    eye = torch.eye(channels, dtype=factors.dtype, device=factors.device)
     grey = factors.new_tensor(_luma if channels==3 else [1.]).expand(channels, channels)
     f = factors.T[...,None,None]
-    mul = torch.stack([f[0]*eye, f[1]*eye, f[2]*eye + (1-f[2])*grey, hue_matrix(factors[:,3]) if channels==3 else eye.expand(len(bw),1,1)], 1)
+    hue = hue_matrix(factors[:,3]) if channels==3 else eye.expand(len(bw),1,1)
+    mul = torch.stack([f[0]*eye, f[1]*eye, f[2]*eye + (1-f[2])*grey, hue], 1)
     mix = torch.zeros_like(mul)
     mix[:,1] = (1-f[1])*grey
-    A,D,rows = eye,torch.zeros_like(eye),torch.arange(len(bw))
+    A,D,rows = eye,torch.zeros_like(eye),torch.arange(len(bw), device=bw.device)
     for k in order.T: A,D = mul[rows,k]@A, mul[rows,k]@D + mix[rows,k]@(A+D)
     return [torch.where(bw[:,None,None], grey@o, o) for o in (A,D)]
 
-# %% ../nbs/12_augment.ipynb #e7980d2e
-def _is_image(x): return isinstance(x, TensorImageBase) or not isinstance(x, TensorBase)
+# %% ../nbs/12_augment.ipynb #728b1889
 def _plain(x): return x.as_subclass(Tensor) if type(x) is not Tensor else x
 def _like(y, x): return y.as_subclass(type(x)) if isinstance(x, TensorBase) else y
 
 def _check_colour(c):
-    if c not in (1,3): raise ValueError(f"jitter and bw need images of 1 or 3 channels, got {c}: pass jitter=False, bw=False")
+    if c not in (1,3):
+        raise ValueError(f"jitter and bw need images of 1 or 3 channels, got {c}: pass jitter=False, bw=False")
 
 def _channel_stats(stats, c):
     "Mean and standard deviation of each of `c` channels"
     if stats is None: return [0.]*c,[1.]*c
-    if len(stats[0]) not in (1,c): raise ValueError(f"stats must have 1 or {c} values for images of {c} channels, got {len(stats[0])}: pass stats=None or their own")
+    if len(stats[0]) not in (1,c):
+        raise ValueError(f"stats must have {'1' if c==1 else f'1 or {c}'} values for images of {c} channels, got "
+                         f"{len(stats[0])}: pass stats=None or the images' own")
     return [list(o)*(c if len(o)==1 else 1) for o in stats]
 
 def _rotate(x, degrees):
@@ -184,7 +187,7 @@ def _spans(n_out, n_in, reach, flip, block=112):
         lo,hi = max(p-reach, 0),min(q+reach, n_out)
         yield a,b,max(int((lo+.5)*scale-max(scale,1)), 0),min(math.ceil((hi-.5)*scale+max(scale,1)), n_in)
 
-# %% ../nbs/12_augment.ipynb #f56ff37c
+# %% ../nbs/12_augment.ipynb #cee8f050
 class FusedAugment(K.GeometricAugmentationBase2D):
     "Crop, flip, blur, rotate, colour and normalise a batch in three matrix products"
     _compute_matrix_lazily = True
@@ -204,14 +207,16 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         same_on_batch:bool=False # All images of a batch get the same parameters?
     ):
         super().__init__(p=1., same_on_batch=same_on_batch)
-        self._param_generator = FusedGenerator(scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p, blur_p, blur_s)
+        self._param_generator = FusedGenerator(scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p,
+                                               blur_p, blur_s)
         self.flags = dict(size=size, stats=stats)
         self.radius = min(math.ceil(4*blur_s[1]), size-1) if blur_p>0 else 0
 
     def draw(self, batch_shape, n=1):
         "Parameters of `n` crops of each image: row `v*len(batch)+i` is crop `v` of image `i`"
         params = self._param_generator(batch_shape, self.same_on_batch, n)
-        return dict(params, batch_prob=torch.ones(n*batch_shape[0]), forward_input_shape=torch.tensor(batch_shape))
+        return dict(params, batch_prob=torch.ones(n*batch_shape[0], device='cpu'),
+                    forward_input_shape=torch.tensor(batch_shape, device='cpu'))
 
     def forward_parameters(self, batch_shape): return self.draw(batch_shape)
 
@@ -223,17 +228,19 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         y = self(x, params=self.draw(x.shape, n))
         return list(y.view(n, len(x), *y.shape[1:]).unbind())
 
-    def forward(self, input, params=None, **kwargs): return _like(super().forward(_plain(input), params, **kwargs), input)
+    def forward(self, input, params=None, **kwargs):
+        return _like(super().forward(_plain(input), params, **kwargs), input)
 
     @torch.no_grad()
     def apply_transform(self, input, params, flags, transform=None):
         x,size,g = _plain(input).float(),flags['size'],self._param_generator
-        n,(bs,c) = len(params['box']),x.shape[:2]
+        n,c = len(params['box']),x.shape[1]
         out = x.new_empty(n, c, size, size)
+        if n==0: return out
         with torch.autocast(x.device.type, enabled=False):
             table = self._table(params, c).to(x.device, non_blocking=True)
             i = 0
-            for y in self._cut_each(x, table) if x.device.type=='cpu' else (self._cut(x, table[j:j+bs]) for j in range(0, n, max(bs,1))):
+            for y in (self._cut_each if x.device.type=='cpu' else self._cut_all)(x, table):
                 rows = slice(i, i := i+len(y))
                 if g.rotate_p>0: y = _rotate(y, table[rows,5])
                 self._paint(y, table[rows,7:], out[rows])
@@ -245,8 +252,8 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         if g.jitter_p>0 or g.bw_p>0:
             _check_colour(c)
             A,D = colour_matrices(params['factors'], params['order'], params['bw'], c)
-        else: A,D = torch.eye(c).expand(n,c,c),torch.zeros(n,c,c)
-        mean,std = (torch.tensor(o)[:,None] for o in _channel_stats(self.flags['stats'], c))
+        else: A,D = torch.eye(c, device='cpu').expand(n,c,c),torch.zeros(n,c,c, device='cpu')
+        mean,std = (torch.tensor(o, device='cpu')[:,None] for o in _channel_stats(self.flags['stats'], c))
         cols = [params['box'], *(params[k][:,None] for k in ('flip','angle','sigma')),
                 (A/std).flatten(1), (D/std).flatten(1), (-mean/std).T.expand(n,c)]
         return torch.cat([o.float() for o in cols], 1)
@@ -260,6 +267,10 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     def _taps(self, n_in, start, length, flip=None):
         (b,k),size,r = self._blocks(),self.flags['size'],self.radius
         return resize_taps(start, length, size, n_in, flip, r, r+k*b-size if r>0 else 0)
+
+    def _cut_all(self, x, table):
+        "One crop of every image at a time"
+        for i in range(0, len(table), len(x)): yield self._cut(x, table[i:i+len(x)])
 
     def _cut(self, x, table):
         "One crop of every image, from a window that holds any box"
@@ -277,15 +288,15 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         return down[:,None] @ (x @ across.mT[:,None])
 
     def _cut_each(self, x, table):
-        "An iterator over blocks of crops, each crop from its own box"
+        "Some crops at a time, each from its own box"
         n,c,size,r = len(table),x.shape[1],self.flags['size'],self.radius
-        boxes,zero = table[:,:4].int().tolist(),torch.zeros(n)
+        boxes,zero = table[:,:4].int().tolist(),table.new_zeros(n)
         hmax,wmax = (max(b[k] for b in boxes) for k in (2,3))
         (jh,wh),(jw,ww) = self._taps(hmax, zero, table[:,2]),self._taps(wmax, zero, table[:,3], table[:,4]>0)
         flips,sigmas = table[:,4].tolist(),table[:,6].tolist()
         if r>0: band = blur_band(table[:,6], r, self._blocks()[0])
         step = min(n, max(1, 2**20//(c*size*size)))
-        downs,acrosses,y,mids = (x.new_empty(step, *o) for o in ((wh.shape[1],hmax), (ww.shape[1],wmax), (c,size,size), ()))
+        downs,acrosses,y = (x.new_empty(step, *o) for o in ((wh.shape[1],hmax), (ww.shape[1],wmax), (c,size,size)))
         mids = x.new_empty(c*hmax*size)
         for i in range(0, n, step):
             m = min(step, n-i)
@@ -316,7 +327,7 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     def compute_transformation(self, input, params, flags):
         "Matrices from pixels of the image to pixels of the crop"
         top,left,h,w = params['box'].double().unbind(1)
-        size,rad,one = flags['size'],params['angle'].double()*(math.pi/180),torch.ones(len(top), dtype=torch.float64)
+        size,rad,one = flags['size'],params['angle'].double()*(math.pi/180),torch.ones_like(top)
         def mat(*rows): return torch.stack([torch.stack([o*one for o in r], 1) for r in rows], 1)
         sx,sy,mid = size/w,size/h,(size-1)/2
         cut = mat((sx, 0, (.5-left)*sx-.5), (0, sy, (.5-top)*sy-.5), (0, 0, 1))
@@ -329,11 +340,11 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     def apply_transform_mask(self, input, params, flags, transform=None):
         raise NotImplementedError("FusedAugment crops images, boxes and keypoints, not masks")
 
-# %% ../nbs/12_augment.ipynb #108916ea
+# %% ../nbs/12_augment.ipynb #51903121
 class ExactAugment(nn.Module):
     "The chain of kornia's operations that `FusedAugment` fuses; same arguments"
-    def __init__(self, size, scale=(.14,1.), ratio=(3/4,4/3), flip_p=.5, rotate_p=0., rotate_deg=(-30.,30.), jitter_p=.8,
-                 jitter=(.8,.8,.8,.2), bw_p=.2, blur_p=.5, blur_s=(.1,2.), stats=None, same_on_batch=False):
+    def __init__(self, size, scale=(.14,1.), ratio=(3/4,4/3), flip_p=.5, rotate_p=0., rotate_deg=(-30.,30.),
+                 jitter_p=.8, jitter=(.8,.8,.8,.2), bw_p=.2, blur_p=.5, blur_s=(.1,2.), stats=None, same_on_batch=False):
         super().__init__()
         store_attr()
         self.chains = nn.ModuleDict()
@@ -354,13 +365,16 @@ class ExactAugment(nn.Module):
         return self.chains[str(c)]
 
     def forward(self, x):
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False): return _like(self.chain(x.shape[1])(_plain(x).float()), x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            return _like(self.chain(x.shape[1])(_plain(x).float()), x)
 
     def crops(self, x, n=1):
         "`n` crops of every image: a list of `n` batches"
         return [self(x) for _ in range(n)]
 
-# %% ../nbs/12_augment.ipynb #0d94842e
+# %% ../nbs/12_augment.ipynb #bac5966c
+def _is_image(x): return isinstance(x, TensorImageBase) or not isinstance(x, TensorBase)
+
 class BatchAugment(Transform):
     "A batch of images to one random crop of each; what is no image stays as it is"
     split_idx = 0
@@ -369,7 +383,8 @@ class BatchAugment(Transform):
     def name(self): return f'{type(self).__name__}({self.aug})'
     def encodes(self, x:Tensor): return self.crops(x)[0] if _is_image(x) else x
     def crops(self, x, n=1):
-        if not x.is_floating_point(): raise TypeError(f"images must be floating point in [0,1] (`IntToFloatTensor` makes them so), got {x.dtype}")
+        if not x.is_floating_point():
+            raise TypeError(f"images must be floating point in [0,1] (`IntToFloatTensor` makes them so), got {x.dtype}")
         if x.ndim!=4: raise ValueError(f"images must be a batch of shape (B,C,H,W), got {tuple(x.shape)}")
         return self.aug.crops(x, n)
     def decodes(self, x:Tensor): return self._affine(x, lambda x,m,s: x*s+m) if _is_image(x) else x
@@ -378,7 +393,7 @@ class BatchAugment(Transform):
         m,s = (torch.tensor(o, dtype=x.dtype, device=x.device)[:,None,None] for o in _channel_stats(self.aug.stats, x.shape[1]))
         return _like(f(_plain(x), m, s), x)
 
-# %% ../nbs/12_augment.ipynb #71c0125a
+# %% ../nbs/12_augment.ipynb #cb254f8b
 def _check(name, value, ok, allowed):
     if not ok: raise ValueError(f"{name} must be {allowed}, got {value}")
 
@@ -390,11 +405,11 @@ def _check_range(name, r, lo, hi, allowed):
     return tuple(float(o) for o in r)
 
 def _check_stats(stats):
-    ok = isinstance(stats, (tuple,list)) and len(stats)==2
-    if ok: stats = [tuple(float(v) for v in (o.flatten().tolist() if isinstance(o, Tensor) else o)) for o in stats]
-    ok = ok and len(stats[0])==len(stats[1])>0 and _is_real(*stats[0], *stats[1]) and all(s>0 for s in stats[1])
-    _check('stats', stats, ok, 'None or (means, standard deviations), one of each a channel, deviations positive')
-    return tuple(stats)
+    try: mean,std = ([float(v) for v in (o.flatten() if isinstance(o, Tensor) else o)] for o in stats)
+    except (TypeError,ValueError): mean = std = ()
+    _check('stats', stats, len(mean)==len(std)>0 and _is_real(*mean, *std) and min(std)>0,
+           'None or (means, standard deviations above 0), one of each a channel')
+    return mean,std
 
 _tiny = 2**-1022 # the smallest positive number: an open end of a range
 
@@ -407,7 +422,7 @@ def get_batch_augs(
     resize_scale:tuple=(.14,1.), # Smallest and largest area of a crop, as a share of the image's
     resize_ratio:tuple=(3/4,4/3), # Smallest and largest width/height of a crop
     rotate_deg:float=30, # Largest angle, either way, in degrees
-    jitter_s:float=1., # Strength of the jitter: 0.8, 0.8, 0.8 and 0.2 times this for brightness, contrast, saturation and hue
+    jitter_s:float=1., # Strength of the jitter, times 0.8, 0.8, 0.8, 0.2 for brightness, contrast, saturation, hue
     blur_s:tuple=(.1,2.), # Smallest and largest standard deviation of the blur, in pixels of the crop
     same_on_batch:bool=False, # All images of a batch get the same parameters?
     flip_p:float=.5, # Probability of a horizontal flip
@@ -430,10 +445,10 @@ def get_batch_augs(
     _check('rotate_deg', rotate_deg, _is_real(rotate_deg) and 0<=rotate_deg<=180, 'between 0 and 180 degrees')
     _check('jitter_s', jitter_s, _is_real(jitter_s) and 0<=jitter_s<=2.5, 'between 0 and 2.5 (a hue of half a turn)')
     if stats is not None: stats = _check_stats(stats)
-    jitter_p,bw_p,blur_p,rotate_p = (p if on else 0. for on,p in ((jitter,jitter_p),(bw,bw_p),(blur,blur_p),(rotate,rotate_p)))
+    rotate_p,jitter_p,bw_p,blur_p = rotate_p*bool(rotate),jitter_p*bool(jitter),bw_p*bool(bw),blur_p*bool(blur)
     aug = (ExactAugment if exact else FusedAugment)(
-        int(size), resize_scale, resize_ratio, flip_p, rotate_p, (-rotate_deg,rotate_deg), jitter_p, tuple(jitter_s*s for s in (.8,.8,.8,.2)),
-        bw_p, blur_p, blur_s, stats, same_on_batch)
+        int(size), resize_scale, resize_ratio, flip_p, rotate_p, (-rotate_deg,rotate_deg), jitter_p,
+        tuple(jitter_s*s for s in (.8,.8,.8,.2)), bw_p, blur_p, blur_s, stats, same_on_batch)
     return Pipeline([BatchAugment(aug), *xtra_tfms], split_idx=0)
 
 # %% ../nbs/12_augment.ipynb #b39eca75
@@ -447,7 +462,7 @@ def get_multi_aug_pipelines(
     pipe = get_batch_augs(size, **kwargs)
     return [Pipeline(pipe.fs, split_idx=0) for _ in range(n)]
 
-# %% ../nbs/12_augment.ipynb #3abe86a2
+# %% ../nbs/12_augment.ipynb #4148436e
 def get_swav_aug_pipelines(
     num_crops:tuple=(2,6), # How many crops of each size
     crop_sizes:tuple=(224,96), # Their height and width
@@ -457,17 +472,20 @@ def get_swav_aug_pipelines(
 )->list:
     "Pipelines for SwAV: `num_crops[0]` large crops, then `num_crops[1]` small ones (any number of sizes)"
     args = dict(num_crops=num_crops, crop_sizes=crop_sizes, min_scales=min_scales, max_scales=max_scales)
-    for k,v in args.items(): _check(k, v, isinstance(v, (tuple,list)) and len(v)>0, 'a tuple with one value per crop size')
-    if len({len(v) for v in args.values()})>1: raise ValueError('num_crops, crop_sizes, min_scales and max_scales must have equal lengths, got ' +
-                                                                ', '.join(f'{k}={v}' for k,v in args.items()))
-    if 'resize_scale' in kwargs: raise ValueError(f"resize_scale must be given as min_scales and max_scales, got {kwargs['resize_scale']}")
+    for k,v in args.items():
+        _check(k, v, isinstance(v, (tuple,list)) and len(v)>0, 'a tuple with one value per crop size')
+    if len({len(v) for v in args.values()})>1:
+        raise ValueError(f"{', '.join(args)} must have equal lengths, got {args}")
+    if 'resize_scale' in kwargs:
+        raise ValueError(f"resize_scale must be given as min_scales and max_scales, got {kwargs['resize_scale']}")
     for i,(n,size,lo,hi) in enumerate(zip(*args.values())):
         for k,v in (('num_crops',n),('crop_sizes',size)):
             _check(f'{k}[{i}]', v, isinstance(v, Integral) and not isinstance(v, bool) and v>0, 'a positive integer')
         _check(f'min_scales[{i}]', lo, _is_real(lo) and 0<lo<=1, 'above 0 and at most 1')
         _check(f'max_scales[{i}]', hi, _is_real(hi) and 0<hi<=1, 'above 0 and at most 1')
         _check(f'min_scales[{i}]', lo, lo<=hi, f'at most max_scales[{i}]={hi}')
-    return [p for n,size,*scale in zip(*args.values()) for p in get_multi_aug_pipelines(n, size, resize_scale=tuple(scale), **kwargs)]
+    return [p for n,size,*scale in zip(*args.values())
+            for p in get_multi_aug_pipelines(n, size, resize_scale=tuple(scale), **kwargs)]
 
 # %% ../nbs/12_augment.ipynb #54b4c4d9
 def multi_crop(

@@ -50,7 +50,7 @@ def nearest_neighbors(
         sims.append(best[0]); idxs.append(best[1])
     return torch.cat(sims),torch.cat(idxs)
 
-# %% ../nbs/03_knn.ipynb #b355f594
+# %% ../nbs/03_knn.ipynb #5efba701
 @torch.no_grad()
 def weighted_knn(
     features, # (n,d) features in question
@@ -62,6 +62,7 @@ def weighted_knn(
     chunk:int=4096, # Rows of `features` and of `bank` compared at a time
 ):
     "Votes (n,n_classes) of the `k` nearest neighbours by cosine similarity; rows sum to 1, `argmax(1)` predicts"
+    features,bank,labels = (o.as_subclass(torch.Tensor) for o in (features,bank,labels))  # fastai's types do not mix
     n_classes = _check_knn(features, bank, labels, k, temp, n_classes, chunk)
     if not len(features): return features.new_zeros(0, n_classes, dtype=torch.float32)
     sim,idx = nearest_neighbors(features, bank, k, chunk)

@@ -8,9 +8,7 @@ __all__ = ['swapped_loss']
 # %% ../nbs/01_losses.ipynb #94eae3d9
 import torch
 
-# %% ../nbs/01_losses.ipynb #afbf524b
-_N_CACHE = 1<<18  # entries of a block of rows that stays in the cache
-
+# %% ../nbs/01_losses.ipynb #ce51785b
 class _SwappedLoss(torch.autograd.Function):
     "Value and gradient in one pass over the scores"
     @staticmethod
@@ -28,7 +26,7 @@ class _SwappedLoss(torch.autograd.Function):
             if grad is None:  # a second backward through a retained graph: the first took the gradient along
                 grad = torch.empty_like(scores, memory_format=torch.contiguous_format)
                 _loss_and_grad(scores, codes, ctx.assign_ids, ctx.temp, grad)
-            grad.mul_(grad_output)
+            if grad.device.type!='cpu' or grad_output!=1: grad.mul_(grad_output)  # a look is cheap there
         return (_FirstOnly.apply(grad, scores) if torch.is_grad_enabled() else grad),None,None,None
 
 class _FirstOnly(torch.autograd.Function):
@@ -36,31 +34,28 @@ class _FirstOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad, scores): return grad.view_as(grad)
     @staticmethod
-    def backward(ctx, *_): raise RuntimeError("swapped_loss has no second derivative: its gradient is computed in closed form, without a graph")
+    def backward(ctx, *_):
+        raise RuntimeError("swapped_loss has no second derivative: its gradient is computed without a graph")
 
 def _loss_and_grad(scores, codes, assign_ids, temp, grad=None):
     "The loss; its gradient is written into `grad` where one is given"
-    (V,B,K),A = scores.shape,len(assign_ids)
-    scale = 1/(A*(V-1)*B)
-    n = max(1, _N_CACHE//K) if scores.device.type=='cpu' else max(1, B)
-    total = scores.new_zeros(())
-    for i in range(0, B, n):
-        s,q = scores[:,i:i+n],codes[:,i:i+n]
-        every = q.sum(0)
-        for v in range(V):
-            others = [a for a in range(A) if assign_ids[a]!=v]
-            if not others:  # the only assigned crop predicts nothing
-                if grad is not None: grad[v,i:i+n] = 0
-                continue
-            t = every if len(others)==A else q[others[0]] if len(others)==1 else q[others].sum(0)
-            mass,top = t.sum(1, keepdim=True),s[v].amax(1, keepdim=True).mul_(1/temp)
-            p = torch.add(-top, s[v], alpha=1/temp, out=grad[v,i:i+n] if grad is not None else None).exp_()
-            norm = p.sum(1, keepdim=True)
-            total += (mass*(norm.log()+top)).sum() - torch.linalg.vecdot(t, s[v]).sum()/temp
-            if grad is not None: p.mul_(mass/norm*(scale/temp)).sub_(t, alpha=scale/temp)
-    return total.mul_(scale)
+    V,B,_ = scores.shape
+    scale = 1/(len(assign_ids)*(V-1)*B)
+    target,mass = codes.sum(0),codes.sum(2)
+    weight = mass.sum(0).repeat(V, 1)
+    for v,m in zip(assign_ids, mass): weight[v] -= m
+    top = scores.amax(2, keepdim=True).mul_(1/temp)
+    p = torch.add(-top, scores, alpha=1/temp, out=grad).exp_()
+    norm = p.sum(2, keepdim=True)
+    cross = torch.einsum('bk,vbk->vb', target, scores)
+    for v,q in zip(assign_ids, codes): cross[v] -= torch.linalg.vecdot(q, scores[v])
+    loss = (weight*(norm.log() + top)[...,0]).sub_(cross, alpha=1/temp).sum()
+    if grad is not None:
+        torch.addcmul(target.mul_(-scale/temp), p, weight[...,None].mul_(scale/temp)/norm, out=p)
+        for v,q in zip(assign_ids, codes): p[v] += q*(scale/temp)
+    return loss.mul_(scale)
 
-# %% ../nbs/01_losses.ipynb #fa7bf223
+# %% ../nbs/01_losses.ipynb #0753d491
 def swapped_loss(
     scores:torch.Tensor, # (V,B,K) scores of V crops of B images against K prototypes
     codes:torch.Tensor, # (A,B,K) codes of the A assigned crops; taken as constants
@@ -69,7 +64,8 @@ def swapped_loss(
 )->torch.Tensor: # Mean cross entropy over pairs and images, a float32 scalar (float64 for float64 scores)
     "Cross entropy of every other crop's prediction against each code (Caron et al. 2020, Eq. 1-4)"
     assign_ids = tuple(assign_ids)
-    if scores.ndim!=3 or scores.shape[0]<2: raise ValueError(f"scores must have the shape (V,B,K) with at least two crops, got {tuple(scores.shape)}")
+    if scores.ndim!=3 or scores.shape[0]<2:
+        raise ValueError(f"scores must have the shape (V,B,K) with at least two crops, got {tuple(scores.shape)}")
     if not assign_ids or len(set(assign_ids))!=len(assign_ids) or not all(0<=i<len(scores) for i in assign_ids):
         raise ValueError(f"assign_ids must be different indices of the {len(scores)} crops, got {assign_ids}")
     if codes.shape!=(len(assign_ids),*scores.shape[1:]):

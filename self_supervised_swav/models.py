@@ -68,7 +68,7 @@ class Prototypes(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
         self.normalize_()
 
-# %% ../nbs/10_models.ipynb #1f5071f7
+# %% ../nbs/10_models.ipynb #1deefccf
 class SwAVModel(nn.Module):
     "Embeddings and prototype scores of crops"
     def __init__(self,
@@ -79,7 +79,7 @@ class SwAVModel(nn.Module):
     ):
         super().__init__()
         self.encoder,self.projector,self.prototypes,self.n_in = encoder,projector,prototypes,n_in
-        self.queue = FeatureQueue()  # empty; a method that wants one sizes it, and it is saved and loaded with the weights
+        self.queue = FeatureQueue()  # empty; a method that wants one sizes it; saved and loaded with the weights
 
     def forward(self,
         x # One batch of images, or a list of crops of them

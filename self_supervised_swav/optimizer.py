@@ -13,7 +13,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from timm.optim import Lars
 
-# %% ../nbs/25_optimizer.ipynb #da2ebd62
+# %% ../nbs/25_optimizer.ipynb #496a1c1c
 def lars(
     params,                # Parameters, or a list of groups of them, as a `splitter` gives them
     lr:float,              # Learning rate: 0.6 for batches of 256, 4.8 for 4096
@@ -23,7 +23,8 @@ def lars(
     eps:float=1e-8         # Keeps the denominator from zero
 ) -> OptimWrapper:
     "LARS without clipping, as the paper of SwAV used it"
-    return OptimWrapper(params, Lars, lr=lr, momentum=mom, weight_decay=wd, trust_coeff=trust_coeff, eps=eps, always_adapt=True)
+    return OptimWrapper(params, Lars, lr=lr, momentum=mom, weight_decay=wd, trust_coeff=trust_coeff, eps=eps,
+                        always_adapt=True)
 
 # %% ../nbs/25_optimizer.ipynb #732968a5
 def warmup_cos(
@@ -37,28 +38,31 @@ def warmup_cos(
     t = np.arange(n_steps-n_warmup) / max(1, n_steps-n_warmup)
     return np.concatenate([np.linspace(start_lr, lr, n_warmup), final_lr + 0.5*(lr-final_lr)*(1+np.cos(np.pi*t))])
 
-# %% ../nbs/25_optimizer.ipynb #08598012
+# %% ../nbs/25_optimizer.ipynb #5d26c721
+def _look_up(table):
+    "The schedule that has the value `table[i]` at step `i`"
+    return lambda pct: table[min(round(pct*len(table)), len(table)-1)]
+
 class _WarmupCos(ParamScheduler):
     "Sets the learning rate of every step to `warmup_cos`"
     def __init__(self, lrs, warmup, start_lr, final_lr):
         self.lrs,self.warmup,self.start_lr,self.final_lr = lrs,warmup,start_lr,final_lr
-        super().__init__({'lr': self._at})
+        super().__init__({})
 
     def before_fit(self):
         n_iter = len(self.dls.train)
         n = n_iter*self.n_epoch
         n_warmup = self.warmup*n_iter if isinstance(self.warmup, int) else round(self.warmup*n)
-        self.table = np.stack([warmup_cos(n, n_warmup, lr, self.start_lr, lr/1000 if self.final_lr is None else self.final_lr)
-                               for lr in self.lrs], axis=1).tolist()
+        final_lrs = [lr/1000 if self.final_lr is None else self.final_lr for lr in self.lrs]
+        lrs = [warmup_cos(n, n_warmup, lr, self.start_lr, final_lr) for lr,final_lr in zip(self.lrs, final_lrs)]
+        self.scheds = {'lr': _look_up(np.stack(lrs, axis=1).tolist())}
         super().before_fit()
 
-    def _at(self, pct): return self.table[min(round(pct*len(self.table)), len(self.table)-1)]
-
-# %% ../nbs/25_optimizer.ipynb #a5705629
+# %% ../nbs/25_optimizer.ipynb #9ab135cd
 @patch
 def fit_warmup_cos(self:Learner,
     n_epoch,           # Number of epochs
-    lr=None,           # Learning rate at the end of the warm-up, for all groups of parameters or each; default: the Learner's
+    lr=None,           # Learning rate at the end of the warm-up, for all groups or each; default: the Learner's
     warmup=0.05,       # Length of the warm-up: epochs (an int) or a share of the fit (a float in [0,1))
     start_lr=0.,       # Learning rate of the first step of the warm-up
     final_lr=None,     # Learning rate that the cosine tends to; default: a thousandth of `lr`
@@ -71,7 +75,7 @@ def fit_warmup_cos(self:Learner,
     if isinstance(warmup, (int, np.integer)):
         warmup = int(warmup)
         if not 0 <= warmup <= n_epoch:
-            raise ValueError(f"warmup must be from 0 to n_epoch={n_epoch} epochs, or a share of the fit in [0,1), got {warmup}")
+            raise ValueError(f"warmup must be from 0 to n_epoch={n_epoch} epochs, or a share in [0,1), got {warmup}")
     elif not 0 <= warmup < 1:
         raise ValueError(f"warmup must be a whole number (int) of epochs or a share of the fit in [0,1), got {warmup}")
     if reset_opt or self.opt is None: self.create_opt()

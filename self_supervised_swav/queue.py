@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FeatureQueue']
 
-# %% ../nbs/08_queue.ipynb #3d511877
+# %% ../nbs/08_queue.ipynb #fd849142
 import torch
 import torch.distributed as dist
 from torch import nn
+from .collectives import exchange, gather_rows
 
-# %% ../nbs/08_queue.ipynb #55b19deb
+# %% ../nbs/08_queue.ipynb #9d35dc8b
 class FeatureQueue(nn.Module):
     "The last `length` embeddings of each of `n_crops` crops; empty until `resize` or `load_state_dict` says otherwise"
     def __init__(self,
@@ -39,10 +40,13 @@ class FeatureQueue(nn.Module):
     @torch.no_grad()
     def push(self,
         x:torch.Tensor, # (n_crops,B,dim) embeddings of a batch
-        group=None # Process group that shares the queue
+        group=None, # Process group that shares the queue
+        sizes:list|None=None # B of every rank in it; None: ask
     ):
         "Replace the oldest embeddings by `x`"
-        if group is not None: x = _gather_rows(x, group)
+        if group is not None:
+            sizes = sizes or [int(n) for n, in exchange(x.shape[1], device=x.device, group=group)]
+            x = gather_rows(x, sizes, group)
         n = x.shape[1]
         x = x[:,-self.length:]
         start = (self.n_pushed+n-x.shape[1])%self.length
@@ -51,6 +55,15 @@ class FeatureQueue(nn.Module):
         self.features[:,:x.shape[1]-head] = x[:,head:]
         self.n_pushed += n
 
+    def share_first(self,
+        group=None # Process group
+    ):
+        "Give all ranks the queue of the first"
+        if group is None: return
+        (n,),*_ = exchange(self.n_pushed, device=self.features.device, group=group)
+        dist.broadcast(self.features, 0, group=group)
+        self.n_pushed = int(n)
+
     def get_extra_state(self): return torch.tensor(self.n_pushed)
     def set_extra_state(self, state): self.n_pushed = int(state)
 
@@ -58,11 +71,3 @@ class FeatureQueue(nn.Module):
         saved = state_dict.get(f'{prefix}features')
         if saved is not None: self.resize(*saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-def _gather_rows(x, group):
-    "(A,B,d) of every rank, joined along the rows; ranks may hold different numbers of them"
-    sizes = [None]*dist.get_world_size(group)
-    dist.all_gather_object(sizes, x.shape[1], group=group)
-    parts = [x.new_empty(x.shape[0], n, x.shape[2]) for n in sizes]
-    dist.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, 1)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['paper_recipe']
 
-# %% ../nbs/04_recipes.ipynb #890b219e
+# %% ../nbs/04_recipes.ipynb #21a88779
 def paper_recipe(
     batch_size=256, # 256: small batches with a queue; 4096: large batches with warm-up and no queue
     n_epochs=None,  # Length of the fit; by default that of the longest run in the paper's tables (400 or 800)
-) -> dict: # Keyword arguments for `create_swav_model`, `get_swav_aug_pipelines`, `SWAV`, `lars`, `Learner.fit_warmup_cos`
+) -> dict: # Keyword arguments, by the function that takes them
     "The official hyper-parameters of SwAV for ImageNet and a ResNet-50"
-    if batch_size not in (256, 4096): raise ValueError(f"batch_size must be 256 or 4096 (the paper's two), got {batch_size}")
+    if batch_size not in (256, 4096): raise ValueError(f"batch_size must be 256 or 4096, got {batch_size}")
     small = batch_size == 256
     if n_epochs is None: n_epochs = 400 if small else 800
     min_epochs = 1 if small else 10                   # the warm-up of large batches takes 10 epochs
@@ -28,14 +28,14 @@ def paper_recipe(
             num_crops=(2, 6),                         # --nmb_crops
             crop_sizes=(224, 96),                     # --size_crops
             min_scales=(0.14, 0.05),                  # --min_scale_crops
-            max_scales=(1., 0.14)),                   # --max_scale_crops: the small crops end where the large ones begin
+            max_scales=(1., 0.14)),                   # --max_scale_crops: small crops end where large ones begin
         swav = dict(
             crop_assgn_ids=[0, 1],                    # --crops_for_assign: codes from the large crops alone
             temp=0.1,                                 # --temperature
             eps=0.05,                                 # --epsilon
             n_sinkh_iter=3,                           # --sinkhorn_iterations
-            K=3840 if small else None,                # --queue_length: 15 batches, so that rows outnumber the 3000 prototypes
-            queue_start_pct=min(1., 15/n_epochs),     # --epoch_queue_starts 15: features must settle before they are kept
+            K=3840 if small else None,                # --queue_length: 15 batches, more rows than prototypes
+            queue_start_pct=min(1., 15/n_epochs),     # --epoch_queue_starts 15: features must settle first
             freeze_protos_pct=1/n_epochs),            # --freeze_prototypes_niters 5005 or 313: one epoch
         opt = dict(
             mom=0.9,                                  # momentum of main_swav.py

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['sinkhorn']
 
-# %% ../nbs/00_sinkhorn.ipynb #10d257da
-import torch
+# %% ../nbs/00_sinkhorn.ipynb #054187cd
+import os, torch
 import torch.distributed as dist
 
-# %% ../nbs/00_sinkhorn.ipynb #32210b1c
+# %% ../nbs/00_sinkhorn.ipynb #92dcbb0f
 _MAX_RANGE = {torch.float32: 68., torch.float64: 650.}  # of scores/eps, for plain arithmetic
-_N_CACHE = 1<<19  # entries of a block that stays in the cache between the steps that read it
+try: _l3_size = os.sysconf('SC_LEVEL3_CACHE_SIZE')  # bytes
+except (AttributeError,ValueError,OSError): _l3_size = 0  # not on this system
+_N_CACHE = min(max(_l3_size//16, 1<<18), 1<<22)  # entries of a block: it and its scores fill half of the cache
 _N_BLOCK = 1<<24  # the same where memory is fast and launches are dear: a bound on temporaries
 
 def _blocks(x, *others):
@@ -28,21 +30,22 @@ def _all_reduce(x, group, op=dist.ReduceOp.SUM):
     if group is not None: dist.all_reduce(x, op, group=group)
     return x
 
-# %% ../nbs/00_sinkhorn.ipynb #8e2e7cb5
+# %% ../nbs/00_sinkhorn.ipynb #97561cbc
 def _plain(S, eps, n_iters, mid, group, Q):
     "Write the codes of `S` into `Q`; entries of exp((S-mid)/eps) must be representable"
-    blocks,shift,mass = _blocks(S, Q),S.new_full((), -mid/eps),S.new_zeros(S.shape[1])
-    for s,q in blocks: mass += torch.add(shift, s, alpha=1/eps, out=q).exp_().sum(0)
-    u = _column_scale(_all_reduce(mass, group))
-    for _ in range(n_iters-1):
+    blocks,shift,u = _blocks(S, Q, S.new_ones(len(S))),S.new_full((), -mid/eps),S.new_empty(S.shape[1])
+    for i in range(n_iters):
         mass = torch.zeros_like(u)
-        for _,q in blocks: mass += (q@u).reciprocal_()@q
+        for s,q,v in blocks:
+            if i==0: torch.add(shift, s, alpha=1/eps, out=q).exp_()
+            else: torch.mv(q, u, out=v).reciprocal_()
+            mass.addmv_(q.T, v)
         u = _column_scale(_all_reduce(mass, group))
     _finish(blocks, u)
 
 def _finish(blocks, u):
-    "Scale columns by `u`, then every row to the sum 1"
-    for _,q,*_ in blocks: q.mul_(u).mul_(q.sum(1, keepdim=True).reciprocal_())
+    "Scale every row to the sum 1 under `u`, and columns by `u`"
+    for _,q,*_ in blocks: q.mul_((q@u).reciprocal_()[:,None]).mul_(u)
 
 # %% ../nbs/00_sinkhorn.ipynb #707ccfed
 _N_PLAIN = 3  # plain turns between two turns in the log domain
@@ -78,7 +81,7 @@ def _stable(S, eps, n_iters, mid, group, Q):
         n_iters -= 1+_N_PLAIN
     _finish(blocks, u)
 
-# %% ../nbs/00_sinkhorn.ipynb #9b51f941
+# %% ../nbs/00_sinkhorn.ipynb #f880fedc
 @torch.no_grad()
 def sinkhorn(
     scores:torch.Tensor, # (B,K) similarities of B samples to K prototypes, finite
@@ -90,13 +93,15 @@ def sinkhorn(
     out:torch.Tensor|None=None # (B,K) tensor to write the codes into, of the result's dtype; None: a new one
 )->torch.Tensor: # (B,K) codes: non-negative, each row sums to 1; float64 for float64 scores, else float32
     "Codes of a batch, each prototype receiving an equal share of it (Caron et al. 2020, Eq. 5-7)"
-    if scores.ndim!=2 or not scores.shape[1]: raise ValueError(f"scores must have the shape (B,K) with K>0, got {tuple(scores.shape)}")
+    if scores.ndim!=2 or not scores.shape[1]:
+        raise ValueError(f"scores must have the shape (B,K) with K>0, got {tuple(scores.shape)}")
     if not eps>0: raise ValueError(f"eps must be positive, got {eps}")
     if n_iters<1: raise ValueError(f"n_iters must be at least 1, got {n_iters}")
     if bound is not None and not bound>0: raise ValueError(f"bound must be positive, got {bound}")
     S = scores if scores.dtype==torch.float64 else scores.float()
     Q = torch.empty_like(S, memory_format=torch.contiguous_format) if out is None else out
-    if Q.shape!=S.shape or Q.dtype!=S.dtype: raise ValueError(f"out must be {tuple(S.shape)} of {S.dtype}, got {tuple(Q.shape)} of {Q.dtype}")
+    if Q.shape!=S.shape or Q.dtype!=S.dtype:
+        raise ValueError(f"out must be {tuple(S.shape)} of {S.dtype}, got {tuple(Q.shape)} of {Q.dtype}")
     lo,hi = (-bound,bound) if bound is not None else _range(S, group)
     run = _plain if (hi-lo)/eps<=_MAX_RANGE[S.dtype] else _stable
     with torch.autocast(S.device.type, enabled=False): run(S, eps, n_iters, (hi+lo)/2, group, Q)

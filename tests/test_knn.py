@@ -1,4 +1,5 @@
 import pytest, torch
+from fastai.torch_core import TensorCategory, TensorImage
 from torch.nn.functional import normalize
 from self_supervised_swav.knn import nearest_neighbors, weighted_knn
 
@@ -37,6 +38,12 @@ def test_memory_is_that_of_a_block(monkeypatch):
     monkeypatch.setattr(torch.Tensor, '__matmul__', lambda a, b: sizes.append(a.shape[0]*b.shape[1]) or matmul(a, b))
     nearest_neighbors(torch.randn(500, 4), torch.randn(700, 4), k=20, chunk=64)
     assert max(sizes) <= 64*64 and sum(sizes) == 500*700
+
+def test_fastai_types():
+    "Features and labels that a fastai DataLoader gave; the votes are a plain tensor"
+    f, y = TensorImage(torch.randn(9, 4)), TensorCategory(torch.arange(9))
+    votes = weighted_knn(f, f, y, k=3, temp=.01)
+    assert type(votes) is torch.Tensor and (votes.argmax(1) == torch.arange(9)).all()
 
 def test_no_images():
     assert weighted_knn(torch.zeros(0, 4), torch.randn(9, 4), torch.arange(9), k=3).shape == (0, 9)

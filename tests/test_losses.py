@@ -2,7 +2,6 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from lightly.loss import SwaVLoss
-from self_supervised_swav import losses
 from self_supervised_swav.losses import swapped_loss
 from self_supervised_swav.sinkhorn import sinkhorn
 
@@ -43,11 +42,8 @@ def test_equals_lightly(n_queue):
         return swapped_loss(s, codes, (0,1), .1)
     for a,b in zip(loss_and_grad(ours, scores), loss_and_grad(theirs, scores)): torch.testing.assert_close(a, b.view_as(a), atol=1e-5, rtol=1e-5)
 
-def test_blocks_retained_graph_and_second_derivative(monkeypatch):
+def test_retained_graph_and_second_derivative():
     scores,codes = torch.randn(4, 10, 6),torch.rand(2, 10, 6).softmax(-1)
-    whole = loss_and_grad(lambda s: swapped_loss(s, codes, (0,1)), scores)
-    monkeypatch.setattr(losses, '_N_CACHE', 3*6)
-    for a,b in zip(loss_and_grad(lambda s: swapped_loss(s, codes, (0,1)), scores), whole): torch.testing.assert_close(a, b)
     s = scores.clone().requires_grad_()
     loss = swapped_loss(s, codes, (0,1))
     first, = torch.autograd.grad(loss, s, retain_graph=True)

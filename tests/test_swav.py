@@ -5,8 +5,7 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from fastai.vision.all import (ChannelsLast, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, Pipeline,
                                SaveModelCallback, ShortEpochCallback, ShowGraphCallback, load_learner, noop)
 from torch import nn
-from helpers import digits, seed_all, small_augs, small_encoder, small_learner
-from self_supervised_swav.losses import swapped_loss
+from helpers import digits, small_augs, small_encoder, small_learner
 from self_supervised_swav.models import Prototypes, SwAVModel, create_mlp_module, create_swav_model
 from self_supervised_swav.sinkhorn import sinkhorn
 from self_supervised_swav.swav import SWAV
@@ -94,6 +93,8 @@ def test_save_load_export(tmp_path):
     again = load_learner(tmp_path/'e.pkl')
     x = digits(40).valid.one_batch()[0]
     for a,b in zip(again.model.eval()(x), learn.model.eval()(x)): torch.testing.assert_close(a, b)
+    preds,_ = again.get_preds(dl=digits(40).valid, act=noop)
+    torch.testing.assert_close(preds[0], learn.model(x)[0])
     learn.dls = digits(100)
     learn.fit(1)
 
@@ -272,6 +273,11 @@ def test_show_before_during_after(n_in):
     learn.fit(1)
     look(3)
     with pytest.raises(ValueError, match='n must be at least 1, got 0'): learn.swav.show(0)
+
+def test_print_augs(capsys):
+    SWAV(small_augs(), print_augs=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines)==3 and 'size=16' in lines[0] and 'size=10' in lines[2] and 'scale=(0.1, 0.4)' in lines[2]
 
 # --- the device, without one ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('K', [None,24])

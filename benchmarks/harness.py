@@ -1,0 +1,117 @@
+"What every benchmark needs: alternating runs, medians, peak memory, a table, and the machine's name for it"
+import importlib.metadata, math, multiprocessing, os, platform, re, statistics, time
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+class Row(NamedTuple):
+    "One line of the table: a figure of this package, its peer's, and how many times better ours is"
+    what:str; size:str; ours:str; peer:str; theirs:str; ratio:str=''; target:str=''
+
+    @classmethod
+    def of_times(cls, what, size, times, peer, target='', ours='this package'):
+        "`times` are seconds: the ratio says how many times as long the peer takes"
+        a,b = times[ours],times[peer]
+        return cls(what, size, fmt_time(a), peer, fmt_time(b), f'{b/a:.1f}x' if b/a<100 else f'{b/a:.0f}x', target)
+
+def fmt_time(s):
+    "Seconds, in the unit that suits them"
+    for unit,n in (('s',1),('ms',1e3)):
+        if s*n>=1: return f'{s*n:.3g} {unit}' if s*n<1000 else f'{s*n:.0f} {unit}'
+    return f'{s*1e6:.0f} us'
+
+def _clock(f, device, number):
+    "Seconds a call of `f` takes"
+    if device=='cpu':
+        start = time.perf_counter()
+        for _ in range(number): f()
+        return (time.perf_counter()-start)/number
+    start,end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(number): f()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)/1e3/number
+
+def race(
+    fs:dict, # Name to a function of no arguments
+    rounds:int=5, # Rounds; in each, every function runs once
+    device:str='cpu', # 'cuda': timed by events on the device
+    least:float=.01 # A function is called as often in a round as makes this many seconds
+)->dict: # Name to the median seconds of one call
+    "Time functions in alternating runs, so that what slows the machine down for a while slows all of them"
+    number = {k: max(1, math.ceil(least/min(_clock(f, device, 1) for _ in range(3)))) for k,f in fs.items()}  # also warms them up
+    times = {k:[] for k in fs}
+    for _ in range(rounds):
+        for k,f in fs.items(): times[k].append(_clock(f, device, number[k]))
+    return {k: statistics.median(v) for k,v in times.items()}
+
+def exponent(sizes, times):
+    "The `p` of times ~ sizes**p, fitted by least squares"
+    x,y = ([math.log(o) for o in v] for v in (sizes,times))
+    mx,my = statistics.mean(x),statistics.mean(y)
+    return sum((a-mx)*(b-my) for a,b in zip(x,y))/sum((a-mx)**2 for a in x)
+
+# --- memory ------------------------------------------------------------------------------------------------------------------
+def _peak_rss(): return int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])*1024
+
+def _measure_peak(make, args, send):
+    torch.set_num_threads(1)
+    make(*args, small=True)()  # code and buffers of the libraries are there before the measurement
+    f = make(*args)
+    before = _peak_rss()
+    f()
+    send.send(_peak_rss()-before)
+
+def peak_memory(
+    make, # A function that builds the inputs and gives a function to measure; `small=True`: on tiny inputs
+    *args, # Passed to `make`
+    device:str='cpu' # 'cuda': by the allocator's own peak
+)->int: # Bytes beyond the inputs
+    "Peak memory of one call in a process of its own: its high-water mark of resident memory"
+    if device!='cpu':
+        make(*args, small=True)()
+        f = make(*args)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return torch.cuda.max_memory_allocated()-before
+    receive,send = multiprocessing.Pipe(duplex=False)
+    p = multiprocessing.get_context('spawn').Process(target=_measure_peak, args=(make, args, send))
+    p.start()
+    send.close()
+    try: return receive.recv()
+    finally: p.join()
+
+# --- the table ---------------------------------------------------------------------------------------------------------------
+def cpu_name():
+    "The processor, by its own account"
+    info = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*:\s*(.*)', info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+def machine(device):
+    "Processor, threads and versions, in one line each"
+    caps = [k for k in ('avx2','avx512_bf16','amx_tile') if getattr(torch.cpu, f'_is_{k}_supported', lambda: False)()]
+    yield f'{cpu_name()}, {os.cpu_count()} cores{" ("+", ".join(caps)+")" if caps else ""}, {torch.get_num_threads()} threads'
+    if device!='cpu': yield torch.cuda.get_device_name()
+    names = ('torch','torchvision','kornia','timm','fastai','lightly')
+    yield f'Python {platform.python_version()}, ' + ', '.join(f'{n} {importlib.metadata.version(n)}' for n in names)
+
+columns = ('what','size','this package','peer','its figure','ratio','target (aim)')
+
+def line(cells): return '| ' + ' | '.join(cells) + ' |'
+def table(rows):
+    "The rows in Markdown"
+    widths = [max(len(r[i]) for r in [columns,*rows]) for i in range(len(columns))]
+    return '\n'.join(line(c.ljust(w) for c,w in zip(r, widths)) for r in [columns, ['-'*w for w in widths], *rows])
+
+marker = '<!-- everything below is written by `make bench` -->'
+
+def write(path, rows, device, seconds):
+    "Replace what stands below the marker in the file"
+    head = path.read_text().split(marker)[0]
+    run = f'{date.today()}, {seconds/60:.0f} minutes.\n\n' + '\n'.join(f'- {o}' for o in machine(device))
+    path.write_text(f'{head}{marker}\n\n## The last full run\n\n{run}\n\n{table(rows)}\n')

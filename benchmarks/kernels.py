@@ -1,0 +1,87 @@
+"Codes and loss against lightly's, and against the machine"
+import torch, torch.nn.functional as F
+from lightly.loss import SwaVLoss
+from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
+
+from harness import Row, exponent, fmt_time, peak_memory, race
+from self_supervised_swav.losses import swapped_loss
+from self_supervised_swav.sinkhorn import sinkhorn
+
+def cosines(*shape, device='cpu', dim=128):
+    "Scores of random unit vectors: (...,B,K)"
+    torch.manual_seed(0)
+    *batch,K = shape
+    return F.normalize(torch.randn(*batch, dim, device=device), dim=-1)@F.normalize(torch.randn(K, dim, device=device), dim=1).T
+
+# --- codes -------------------------------------------------------------------------------------------------------------------
+def sinkhorn_contestants(B, K, device='cpu', limit=True):
+    "Codes as the callback computes them, into a buffer that is there already, and as a plain call; lightly's; memory traffic alone"
+    S = cosines(B, K, device=device)
+    Q = torch.empty_like(S)
+    def stream():
+        "As often through memory as three turns must: scores in, exponentials out, read for each further turn, scaled in place"
+        Q.copy_(S)
+        for _ in range(2): Q.sum()
+        Q.mul_(1.)
+    fs = {'this package': lambda: sinkhorn(S, bound=1., out=Q), 'without `out`': lambda: sinkhorn(S, bound=1.), 'lightly': lambda: lightly_sinkhorn(S)}
+    return fs|({'memory alone': stream} if limit else {})
+
+def sinkhorn_rows(sizes=((8,30),(512,3000),(4096,3000),(16384,3000)), rounds=9, device='cpu'):
+    for B,K in sizes:
+        big = B*K>1e6
+        times,size = race(sinkhorn_contestants(B, K, device, big), rounds, device),f'{B}x{K}'
+        yield Row.of_times('Sinkhorn into a buffer', size, times, 'lightly', '2x (4x)' if (B,K) in ((512,3000),(4096,3000)) else '')
+        yield Row.of_times('Sinkhorn, plain call', size, times, 'lightly', ours='without `out`')
+        if big: yield Row.of_times('Sinkhorn into a buffer', size, times, 'memory alone')
+
+# --- loss --------------------------------------------------------------------------------------------------------------------
+class NoSinkhorn(SwaVLoss):
+    "lightly's loss for codes that are given"
+    def forward(self, scores, codes):
+        total = 0.
+        for i,q in enumerate(codes): total = total + sum(self.subloss(s, q) for v,s in enumerate(scores) if v!=i)/(len(scores)-1)
+        return total/len(codes)
+
+def loss_and_grad(name, V, B, K, device='cpu', small=False):
+    "A function that computes one of the losses of `V` crops, two with codes, and its gradient"
+    if small: V,B,K = 3,2,4
+    scores = cosines(V, B, K, device=device)
+    codes,theirs = torch.rand(2, B, K, device=device).mul_(5).softmax(-1),NoSinkhorn()
+    def ours_(s): return swapped_loss(s, codes, (0,1))
+    def theirs_(s): return theirs(s.unbind(), codes)
+    f = dict(ours=ours_, lightly=theirs_)[name]
+    def run():
+        s = scores.detach().requires_grad_()
+        loss = f(s)
+        loss.backward()
+        return loss.detach(),s.grad
+    return run
+
+def loss_contestants(*size, device='cpu'): return {k: loss_and_grad(n, *size, device=device) for k,n in (('this package','ours'),('lightly','lightly'))}
+
+def loss_rows(sizes=((8,8,30),(8,256,3000)), rounds=9, device='cpu', memory=True):
+    for V,B,K in sizes:
+        times,size = race(loss_contestants(V, B, K, device=device), rounds, device),f'{V} crops, {B}x{K}'
+        yield Row.of_times('loss + gradient', size, times, 'lightly', '4x (6x)' if B==256 else '')
+        if not memory or B*K<1e5: continue
+        a,b = (peak_memory(loss_and_grad, n, V, B, K, device, device=device)/2**20 for n in ('ours','lightly'))
+        yield Row('loss + gradient: peak memory', size, f'{a:.0f} MB', 'lightly', f'{b:.0f} MB', f'1/{b/a:.1f}', '1/2 (1/3)')
+
+# --- growth ------------------------------------------------------------------------------------------------------------------
+def growth_rows(base=(512,768), crops=4, rounds=5, device='cpu'):
+    "Each cost at 1, 2, 4, 8 times the size, and the power of the size it grows with"
+    B,K = base
+    cases = {('Sinkhorn',f'batch {B}..{8*B}, {K} prototypes'): lambda n: sinkhorn_contestants(n*B, K, device, False),
+             ('Sinkhorn',f'batch {B}, {K}..{8*K} prototypes'): lambda n: sinkhorn_contestants(B, n*K, device, False),
+             ('loss + gradient',f'batch {B//8}..{B}, {K} prototypes, {crops} crops'): lambda n: loss_contestants(crops, n*B//8, K, device=device),
+             ('loss + gradient',f'batch {B//8}, {K}..{8*K} prototypes, {crops} crops'): lambda n: loss_contestants(crops, B//8, n*K, device=device),
+             ('loss + gradient',f'batch {B//8}, {K} prototypes, {crops}..{8*crops} crops'): lambda n: loss_contestants(n*crops, B//8, K, device=device)}
+    for (what,size),make in cases.items():
+        times = [race({k:f for k,f in make(n).items() if k in ('this package','lightly')}, rounds, device) for n in (1,2,4,8)]
+        yield growth_row(what, size, times, 'lightly')
+
+def growth_row(what, size, times, peer):
+    "The row for times at 1, 2, 4, 8 times the size"
+    def cell(k): return ', '.join(fmt_time(t[k]) for t in times)
+    p,q = (exponent((1,2,4,8), [t[k] for t in times]) for k in ('this package',peer))
+    return Row(f'{what}: growth at 1x 2x 4x 8x', size, cell('this package'), peer, cell(peer), f'n^{p:.2f} : n^{q:.2f}')

@@ -1,0 +1,156 @@
+"A whole training step: where its time goes, and the same step in lightly's modules"
+import statistics, time
+from functools import partial
+
+import torch, torch.nn.functional as F
+from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.progress import ProgressCallback
+from fastai.learner import Learner, Recorder
+from fastai.optimizer import OptimWrapper
+from lightly.loss import SwaVLoss
+from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
+from lightly.transforms import SwaVTransform
+from torch import nn
+
+from harness import Row
+from multicrop import batch, loaded, photographs
+from self_supervised_swav.augment import get_swav_aug_pipelines
+from self_supervised_swav.data import tensor_dls
+from self_supervised_swav.encoders import create_encoder
+from self_supervised_swav.models import create_swav_model
+from self_supervised_swav.swav import SWAV
+
+settings = dict(
+    resnet18=dict(arch='resnet18', bs=64, num_crops=(2,4), crop_sizes=(96,48)),
+    resnet50=dict(arch='resnet50', bs=8, num_crops=(2,6), crop_sizes=(224,96)))
+scales = dict(min_scales=(.25,.05), max_scales=(1.,.14))
+hidden,dim,n_protos = 2048,128,3000
+lr,sgd = .01,partial(torch.optim.SGD, momentum=.9, weight_decay=1e-6)
+
+class Stopwatch:
+    "Adds up the time of named parts; on a GPU the parts are measured by events, and nothing waits for them"
+    def __init__(self, device): self.device,self.parts = device,{}
+    def now(self):
+        if self.device=='cpu': return time.perf_counter()
+        e = torch.cuda.Event(enable_timing=True)
+        e.record()
+        return e
+    def add(self, name, start): self.parts.setdefault(name, []).append((start,self.now()))
+    def totals(self):
+        "Name to seconds"
+        if self.device=='cpu': return {k: sum(b-a for a,b in v) for k,v in self.parts.items()}
+        torch.cuda.synchronize()
+        return {k: sum(a.elapsed_time(b) for a,b in v)/1e3 for k,v in self.parts.items()}
+
+    def wrap(self, obj, method, name):
+        "Time every call of a method"
+        f = getattr(obj, method)
+        def timed(*args, **kwargs):
+            start = self.now()
+            out = f(*args, **kwargs)
+            self.add(name, start)
+            return out
+        setattr(obj, method, timed)
+
+    def watch_backward(self, encoder):
+        "The encoder's backward starts when the first gradient reaches its output: whatever comes later belongs to it"
+        def arrived(grad):
+            if self.began is None: self.began = self.now()
+        def hook(module, args, out):
+            self.began = None
+            if out.requires_grad: out.register_hook(arrived)
+        encoder.register_forward_hook(hook)
+
+class Watch(Callback):
+    "Ends the encoder's share of the backward pass; leaves out validation, and the first step of a fit, in which the callback looks at the model"
+    order = 99
+    def __init__(self, watch): self.watch = watch
+    def before_train(self):
+        if self.epoch==1: self.watch.parts.clear()
+    def after_backward(self): self.watch.add('encoder backward', self.watch.began)
+    def before_validate(self): raise CancelValidException
+
+needed = ('encoder forward','encoder backward','optimizer')  # what a step cannot do without
+extras = ('crops','codes and loss')
+
+def our_step(arch, bs, num_crops, crop_sizes, images, device='cpu', cbs=(), compiled=False):
+    "A function that makes `n` steps of a Learner, and gives the seconds a step and its parts took"
+    torch.manual_seed(0)
+    model = create_swav_model(create_encoder(arch, pretrained=False).to(device), hidden_size=hidden, projection_size=dim, n_protos=n_protos)
+    if compiled: model.encoder = torch.compile(model.encoder)
+    augs = get_swav_aug_pipelines(num_crops=num_crops, crop_sizes=crop_sizes, **scales)
+    dls = tensor_dls(images.repeat(2, 1, 1, 1), bs=bs, splits=(range(bs),range(bs, 2*bs)), device=device)  # one batch
+    watch = Stopwatch(device)
+    learn = Learner(dls, model, lr=lr, opt_func=partial(OptimWrapper, opt=sgd), cbs=[SWAV(augs),Watch(watch),*cbs])
+    learn.remove_cbs([ProgressCallback,Recorder])
+    learn.create_opt()
+    watch.watch_backward(model.encoder)
+    for obj,method,name in ((learn,'one_batch','step'), (model.encoder,'forward',needed[0]), (learn.opt,'step',needed[2]), (learn.opt,'zero_grad',needed[2]),
+                            (learn.swav,'cut',extras[0]), (learn.swav,'view_loss',extras[1])): watch.wrap(obj, method, name)
+    def run(n):
+        learn.fit(n+1)
+        return {k: v/n for k,v in watch.totals().items()}
+    return run
+
+class LightlyModel(nn.Module):
+    "SwAV put together as lightly's documentation does"
+    def __init__(self, backbone, width):
+        super().__init__()
+        self.backbone,self.projection_head,self.prototypes = backbone,SwaVProjectionHead(width, hidden, dim),SwaVPrototypes(dim, n_protos)
+    def forward(self, x): return self.prototypes(F.normalize(self.projection_head(self.backbone(x).flatten(start_dim=1)), dim=1, p=2))
+
+def lightly_step(arch, bs, num_crops, crop_sizes, images, device='cpu', workers=2):
+    "The same for lightly's modules; its crops come from a loader, or are made once where there are no `workers`"
+    torch.manual_seed(0)
+    encoder = create_encoder(arch, pretrained=False)
+    model = LightlyModel(encoder, encoder.eval()(torch.zeros(1, 3, 64, 64)).shape[1]).to(device).train()
+    criterion,opt = SwaVLoss(),sgd(model.parameters(), lr=lr)
+    tfm = SwaVTransform(crop_counts=num_crops, crop_sizes=crop_sizes, crop_min_scales=scales['min_scales'], crop_max_scales=scales['max_scales'])
+    start = loaded(tfm, images, bs, workers)
+    crops = None if workers else start()()
+    def step(batch):
+        model.prototypes.normalize()
+        scores = [model(o.to(device)) for o in batch]
+        criterion(scores[:num_crops[0]], scores[num_crops[0]:]).backward()
+        opt.step()
+        opt.zero_grad()
+    def run(n):
+        watch,take = Stopwatch(device),start() if workers else lambda: crops
+        step(take())
+        begin = watch.now()
+        for _ in range(n): step(take())
+        watch.add('step', begin)
+        return {k: v/n for k,v in watch.totals().items()}
+    return run
+
+def race_steps(runs, rounds, n):
+    "Name to the median times of its parts, in alternating runs of `n` steps"
+    times = {k: [] for k in runs}
+    for _ in range(rounds):
+        for k,run in runs.items(): times[k].append(run(n))
+    return {k: {part: statistics.median(o[part] for o in v) for part in v[0]} for k,v in times.items()}
+
+def _size(arch, bs, num_crops, crop_sizes): return f'{arch}, batch {bs}, ' + ' + '.join(f'{n}x{s}' for n,s in zip(num_crops, crop_sizes))
+
+def step_rows(rounds=3, n=2, device='cpu', **setting):
+    "The step of one of the `settings`, where its time goes, and lightly's"
+    photos = photographs(setting['bs'])
+    runs = {'this package': our_step(images=batch(photos), device=device, **setting),
+            'with its crops': lightly_step(images=photos, device=device, **setting),
+            'lightly': lightly_step(images=photos, device=device, workers=0, **setting)}
+    times,size = race_steps(runs, rounds, n),_size(**setting)
+    ours = times['this package']
+    def share(*names): return sum(ours[k] for k in names)/ours['step']
+    def listed(names): return ', '.join(f'{k} {share(k):.1%}' for k in names)
+    whole = {k: v['step'] for k,v in times.items()}
+    yield Row.of_times('training step, crops included', size, {**whole, 'lightly, 2 workers': whole['with its crops']}, 'lightly, 2 workers')
+    yield Row.of_times('training step, crops given', size, {**whole, 'this package': ours['step']-ours['crops']}, 'lightly')
+    yield Row('share of the step in encoder and optimizer', size, f'{share(*needed):.1%}', listed(needed), '')
+    yield Row('share of the step outside of them', size, f'{1-share(*needed):.1%}', listed(extras), '', '', '15 % (8 %)' if setting['arch']=='resnet18' else '')
+
+def variant_rows(variants, rounds=3, n=2, device='cpu', **setting):
+    "The step with other arguments of `our_step`"
+    x = batch(photographs(setting['bs']))
+    runs = {k: our_step(images=x, device=device, **setting, **v) for k,v in ({'without': {}}|variants).items()}
+    times = {k: v['step'] for k,v in race_steps(runs, rounds, n).items()}
+    for k in variants: yield Row.of_times(f'training step, {k}', _size(**setting), times, 'without', ours=k)

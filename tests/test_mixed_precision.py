@@ -1,0 +1,142 @@
+"Half precision in the model, float32 from the scores to the loss; accumulated gradients are those of the larger batch."
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.vision.all import GradientAccumulation, SGD
+from torch import nn
+from helpers import seed_all, small_encoder, small_learner
+from self_supervised_swav import precision
+from self_supervised_swav.precision import DeviceMixedPrecision, is_fast
+
+class Watch(Callback):
+    "Types on the way, and whether autocast is on where it must not be"
+    order = 50
+    def before_fit(self): self.types,self.outside = {},[]
+    def before_batch(self): self.outside.append(torch.is_autocast_enabled('cpu'))
+    def after_pred(self): self.types |= dict(embedding=self.pred[0].dtype, scores=self.pred[1].dtype)
+    def after_loss(self):
+        self.types |= dict(codes=self.swav.codes.dtype, loss=self.loss.dtype)
+        self.outside.append(torch.is_autocast_enabled('cpu'))
+        assert torch.isfinite(self.swav.codes).all()
+
+class Inside(nn.Module):
+    "Notes the type that a module gives inside the model"
+    def __init__(self, module): super().__init__(); self.module,self.types = module,set()
+    def forward(self, x):
+        x = self.module(x)
+        self.types.add(x.dtype)
+        return x
+
+class Small(nn.Sequential):
+    "A convolution and a linear layer: float16 is slow on most CPUs"
+    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 16))
+
+def train(cb=None, n_epoch=10, encoder=None):
+    "Batches of 64: in a small one a code is a matter of a few images, and rounding decides for one or the other"
+    learn = small_learner(n=400, bs=64, K=100, queue_start_pct=.3, cbs=[Watch()])
+    seed_all(1)
+    learn.model.encoder = Inside(encoder or small_encoder())
+    if cb: learn.add_cb(cb)
+    learn.fit(n_epoch, 1e-3)
+    return learn
+
+@pytest.mark.parametrize('mode,dtype,kwargs', [('bf16',torch.bfloat16,{}),('fp16',torch.float16,dict(init_scale=1024.))])
+def test_loss_is_float32s(mode, dtype, kwargs):
+    "50 steps, the loss at each within 1 % of that in float32"
+    encoder = (lambda: (torch.manual_seed(1), Small())[1]) if mode=='fp16' else (lambda: None)
+    ref,learn = train(encoder=encoder()),train(DeviceMixedPrecision(mode, force=True, **kwargs), encoder=encoder())
+    assert dtype in learn.model.encoder.types and ref.model.encoder.types=={torch.float32}
+    assert set(learn.watch.types.values())=={torch.float32} and not any(learn.watch.outside)
+    a,b = (np.array([float(o) for o in l.recorder.losses]) for l in (ref,learn))
+    assert len(a)==50 and not np.array_equal(a, b) and np.abs(b/a-1).max()<.01
+    assert all(p.dtype==torch.float32 for p in learn.model.parameters())
+
+def test_methods_come_and_go():
+    learn = small_learner()
+    assert learn.to_bf16(force=True) is learn and learn.mixed_precision.amp_mode==AMPMode.BF16 and learn.mixed_precision.force
+    learn.to_fp32()
+    assert not hasattr(learn, 'mixed_precision') and not any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
+    learn.model.encoder = Small()
+    learn.to_fp16(force=True, init_scale=8.)
+    learn.fit(1)
+    assert learn.mixed_precision.kwargs['init_scale']==8. and np.isfinite([float(o) for o in learn.recorder.losses]).all()
+    assert 'forward' not in vars(learn.model)
+
+def test_without_the_hardware_nothing_changes(monkeypatch):
+    ref = train(n_epoch=1)
+    monkeypatch.setattr(precision, 'is_fast', lambda *_: False)
+    with pytest.warns(UserWarning, match='stays in float32.*no hardware for torch.bfloat16'): learn = train(DeviceMixedPrecision('bf16'), n_epoch=1)
+    assert [float(o) for o in learn.recorder.losses]==[float(o) for o in ref.recorder.losses]
+    assert learn.model.encoder.types=={torch.float32}
+
+def test_the_machine_is_asked(monkeypatch):
+    for flag in ('_is_amx_tile_supported','_is_avx512_bf16_supported'):
+        for f in ('_is_amx_tile_supported','_is_avx512_bf16_supported'): monkeypatch.setattr(torch.cpu, f, lambda f=f: f==flag, raising=False)
+        assert is_fast(torch.bfloat16)
+        monkeypatch.setattr(torch.cpu, flag, lambda: False)
+        assert not is_fast(torch.bfloat16)
+    monkeypatch.delattr(torch.cpu, '_is_amx_fp16_supported', raising=False)  # an older torch
+    assert not is_fast(torch.float16)
+
+@pytest.mark.parametrize('exc', [RuntimeError,KeyboardInterrupt])
+def test_autocast_is_off_after_an_error(exc):
+    learn = small_learner().to_bf16(force=True)
+    class Break(nn.Module):
+        def forward(self, x):
+            if not torch.is_grad_enabled(): return x
+            raise exc('in the middle of the forward pass')
+    encoder = learn.model.encoder
+    learn.model.encoder = nn.Sequential(encoder, Break())
+    with pytest.raises(exc): learn.fit(1)
+    assert not torch.is_autocast_enabled('cpu')
+    learn.model.encoder = encoder
+    learn.fit(1)
+    assert 'forward' not in vars(learn.model) and not torch.is_autocast_enabled('cpu')
+    assert np.isfinite([float(o) for o in learn.recorder.losses]).all()
+
+def test_errors():
+    with pytest.raises(ValueError): DeviceMixedPrecision('int8')
+    with pytest.raises(ValueError, match='dtype must be torch.bfloat16 or torch.float16, got torch.int8'): is_fast(torch.int8)
+
+# --- accumulation -------------------------------------------------------------------------------------------------------------
+class Gradients(Callback):
+    "Gradients at each step, with codes that do not depend on how images are batched"
+    order = 9
+    def before_fit(self): self.grads,self.steps = [],[]
+    def after_pred(self):
+        if self.training: self.swav.get_codes = lambda scores: (scores[:2]*3).softmax(-1)  # of each image by itself
+    def before_step(self):
+        self.grads.append(torch.cat([p.grad.flatten().clone() for p in self.model.parameters()]))
+        self.steps.append(self.train_iter)
+
+class EvalMode(Callback):
+    order = 20
+    def before_batch(self): self.model.eval()
+
+def gradients(bs, acc=None, precision=None):
+    "Of two steps from the same weights, fixed crops, batch norm in eval mode"
+    cbs = [Gradients(), EvalMode(), *([GradientAccumulation(acc)] if acc else []), *([precision] if precision else [])]
+    learn = small_learner(bs=bs, freeze_protos_pct=0., cbs=cbs, learner=dict(opt_func=SGD))
+    learn.model.encoder = (torch.manual_seed(1), Small())[1]
+    learn.dls.train = learn.dls.train.new(shuffle=False, drop_last=False)
+    learn.swav.cut = lambda x: [o.as_subclass(torch.Tensor) for o in (x, x.flip(-1), x[...,:10,:10])]
+    learn.fit(1, 0.)
+    return learn.gradients
+
+@pytest.mark.parametrize('precision', [None,'fp16'])
+def test_accumulated_gradient_is_the_larger_batchs(precision):
+    amp = DeviceMixedPrecision(precision, force=True, init_scale=1.) if precision else None
+    large = gradients(40)
+    small = gradients(8, acc=40, precision=amp)
+    assert large.steps==[0,1] and small.steps==[4,9]
+    for a,b in zip(large.grads, small.grads): torch.testing.assert_close(b, a, atol=(5e-3 if precision else 1e-5)*a.abs().max().item(), rtol=0)
+
+def test_codes_are_of_the_small_batch():
+    "What accumulation cannot do: codes share prototypes within a small batch, and the queue is the remedy"
+    learn,seen = small_learner(bs=8, cbs=[GradientAccumulation(40)]),[]
+    class Look(Callback):
+        order = 50
+        def after_loss(self): seen.append(self.swav.codes.shape)
+    learn.add_cb(Look())
+    learn.fit(1)
+    assert set(seen[:10])=={(2,8,20)}
