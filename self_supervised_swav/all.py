@@ -17,3 +17,4 @@ from .distributed import *
 from .precision import *
 from .data import *
 from .learner import *
+from .evaluate import *
