@@ -3,9 +3,9 @@ import csv, math, warnings
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-from fastai.callback.schedule import *
+import fastai.callback.schedule  # noqa: F401  it patches Learner
 from torch import nn
-from helpers import digits, small_augs, small_learner
+from helpers import small_augs, small_learner
 from self_supervised_swav.models import create_swav_model
 from self_supervised_swav.monitor import CollapseMonitor, CollapseWarning, EpochColumns
 from self_supervised_swav.stats import code_entropy, effective_rank, feature_spread, mean_code_entropy
