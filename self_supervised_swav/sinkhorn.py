@@ -9,7 +9,7 @@ __all__ = ['sinkhorn']
 import os, torch
 import torch.distributed as dist
 
-# %% ../nbs/00_sinkhorn.ipynb #e900b83a
+# %% ../nbs/00_sinkhorn.ipynb #af30240d
 _MAX_RANGE = {torch.float32: 68., torch.float64: 650.}  # of scores/eps, for plain arithmetic
 try: _l3_size = os.sysconf('SC_LEVEL3_CACHE_SIZE')  # bytes
 except (AttributeError,ValueError,OSError): _l3_size = 0  # not on this system
@@ -23,7 +23,7 @@ def _blocks(x, *others):
 
 def _column_scale(mass):
     "The `u` that makes the columns even, given their sums, up to the constant that makes it sum to 1"
-    u = mass.reciprocal_()
+    u = mass.clamp_(min=torch.finfo(mass.dtype).tiny).reciprocal_()
     return u.div_(u.sum())
 
 def _all_reduce(x, group, op=dist.ReduceOp.SUM):
