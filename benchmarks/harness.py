@@ -35,6 +35,11 @@ def _clock(f, device, number):
     end.synchronize()
     return start.elapsed_time(end)/1e3/number
 
+def _number(f, device, least):
+    "Calls that take `least` seconds; warms `f` up"
+    first = _clock(f, device, 1)
+    return 1 if first>10*least else max(1, math.ceil(least/min(_clock(f, device, 1) for _ in range(3))))
+
 def race(
     fs:dict, # Name to a function of no arguments
     rounds:int=5, # Rounds; in each, every function runs once
@@ -42,7 +47,7 @@ def race(
     least:float=.01 # A function is called as often in a round as makes this many seconds
 )->dict: # Name to the median seconds of one call
     "Time functions in alternating runs, so that what slows the machine down for a while slows all of them"
-    number = {k: max(1, math.ceil(least/min(_clock(f, device, 1) for _ in range(3)))) for k,f in fs.items()}  # also warms them up
+    number = {k: _number(f, device, least) for k,f in fs.items()}
     times = {k:[] for k in fs}
     for _ in range(rounds):
         for k,f in fs.items(): times[k].append(_clock(f, device, number[k]))

@@ -43,28 +43,31 @@ class NoSinkhorn(SwaVLoss):
         return total/len(codes)
 
 def loss_and_grad(name, V, B, K, device='cpu', small=False):
-    "A function that computes one of the losses of `V` crops, two with codes, and its gradient"
+    "A function that computes one of the losses of `V` crops, two with codes, and its gradient; `buffer` as the callback calls it"
     if small: V,B,K = 3,2,4
     scores = cosines(V, B, K, device=device)
     codes,theirs = torch.rand(2, B, K, device=device).mul_(5).softmax(-1),NoSinkhorn()
-    def ours_(s): return swapped_loss(s, codes, (0,1))
+    buffer = torch.empty_like(scores) if name=='buffer' else None
+    def ours_(s): return swapped_loss(s, codes, (0,1), grad_buffer=buffer)
     def theirs_(s): return theirs(s.unbind(), codes)
-    f = dict(ours=ours_, lightly=theirs_)[name]
+    f = theirs_ if name=='lightly' else ours_
     def run():
         s = scores.detach().requires_grad_()
         loss = f(s)
-        loss.backward()
-        return loss.detach(),s.grad
+        return loss.detach(),torch.autograd.grad(loss, s)[0]
     return run
 
-def loss_contestants(*size, device='cpu'): return {k: loss_and_grad(n, *size, device=device) for k,n in (('this package','ours'),('lightly','lightly'))}
+def loss_contestants(*size, device='cpu'):
+    names = {'this package': 'buffer', 'without `grad_buffer`': 'ours', 'lightly': 'lightly'}
+    return {k: loss_and_grad(n, *size, device=device) for k,n in names.items()}
 
 def loss_rows(sizes=((8,8,30),(8,256,3000)), rounds=9, device='cpu', memory=True):
     for V,B,K in sizes:
         times,size = race(loss_contestants(V, B, K, device=device), rounds, device),f'{V} crops, {B}x{K}'
-        yield Row.of_times('loss + gradient', size, times, 'lightly', '4x (6x)' if B==256 else '')
+        yield Row.of_times('loss + gradient into a buffer', size, times, 'lightly', '4x (6x)' if B==256 else '')
+        yield Row.of_times('loss + gradient, plain call', size, times, 'lightly', ours='without `grad_buffer`')
         if not memory or B*K<1e5: continue
-        a,b = (peak_memory(loss_and_grad, n, V, B, K, device, device=device)/2**20 for n in ('ours','lightly'))
+        a,b = (peak_memory(loss_and_grad, n, V, B, K, device, device=device)/2**20 for n in ('buffer','lightly'))
         yield Row('loss + gradient: peak memory', size, f'{a:.0f} MB', 'lightly', f'{b:.0f} MB', f'1/{b/a:.1f}', '1/2 (1/3)')
 
 # --- growth ------------------------------------------------------------------------------------------------------------------

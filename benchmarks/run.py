@@ -9,7 +9,7 @@ from fastai.callback.channelslast import ChannelsLast
 from harness import Row, machine, table, write
 from kernels import growth_row, growth_rows, loss_rows, sinkhorn_rows
 from multicrop import contestants, images_per_second, sizes
-from steps import settings, step_rows, variant_rows
+from steps import epoch_rows, settings, step_rows, variant_rows
 
 small = dict(sizes, num_crops=(2,4), crop_sizes=(96,48))
 
@@ -40,6 +40,7 @@ def sections(quick, device):
          'step': partial(step_rows, rounds=2 if quick else 3, **d, **settings['resnet18'])}
     if quick: return s
     return s|{'small crops': partial(crop_rows, 32, small, 5), 'large batch': partial(crop_rows, 256, sizes, 2, 2),
+              'bfloat16': partial(epoch_rows, **d),
               'large step': partial(step_rows, n=1, **d, **settings['resnet50']),
               'layouts': partial(variant_rows, {'channels_last': dict(cbs=[ChannelsLast]), 'encoder compiled': dict(compiled=True)}, **d, **settings['resnet18']),
               'growth': partial(growth_rows, **d), 'crop growth': partial(crop_growth, 3)}

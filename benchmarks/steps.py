@@ -1,5 +1,5 @@
 "A whole training step: where its time goes, and the same step in lightly's modules"
-import statistics, time
+import time
 from functools import partial
 
 import torch, torch.nn.functional as F
@@ -12,12 +12,13 @@ from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
 from lightly.transforms import SwaVTransform
 from torch import nn
 
-from harness import Row
+from harness import Row, race
 from multicrop import batch, loaded, photographs
 from self_supervised_swav.augment import get_swav_aug_pipelines
-from self_supervised_swav.data import tensor_dls
+from self_supervised_swav.data import fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.models import create_swav_model
+from self_supervised_swav.precision import is_fast
 from self_supervised_swav.swav import SWAV
 
 settings = dict(
@@ -61,14 +62,16 @@ class Stopwatch:
             if out.requires_grad: out.register_hook(arrived)
         encoder.register_forward_hook(hook)
 
-class Watch(Callback):
-    "Ends the encoder's share of the backward pass; leaves out validation, and the first step of a fit, in which the callback looks at the model"
+class NoValidation(Callback):
+    def before_validate(self): raise CancelValidException
+
+class Watch(NoValidation):
+    "Ends the encoder's share of the backward pass; leaves out the first step of a fit, in which the callback looks at the model"
     order = 99
     def __init__(self, watch): self.watch = watch
     def before_train(self):
         if self.epoch==1: self.watch.parts.clear()
     def after_backward(self): self.watch.add('encoder backward', self.watch.began)
-    def before_validate(self): raise CancelValidException
 
 needed = ('encoder forward','encoder backward','optimizer')  # what a step cannot do without
 extras = ('crops','codes and loss')
@@ -124,11 +127,11 @@ def lightly_step(arch, bs, num_crops, crop_sizes, images, device='cpu', workers=
     return run
 
 def race_steps(runs, rounds, n):
-    "Name to the median times of its parts, in alternating runs of `n` steps"
+    "Name to the times of its median step and the parts of that one, in alternating runs of `n` steps"
     times = {k: [] for k in runs}
     for _ in range(rounds):
         for k,run in runs.items(): times[k].append(run(n))
-    return {k: {part: statistics.median(o[part] for o in v) for part in v[0]} for k,v in times.items()}
+    return {k: sorted(v, key=lambda o: o['step'])[len(v)//2] for k,v in times.items()}  # the median step, with its own parts
 
 def _size(arch, bs, num_crops, crop_sizes): return f'{arch}, batch {bs}, ' + ' + '.join(f'{n}x{s}' for n,s in zip(num_crops, crop_sizes))
 
@@ -154,3 +157,24 @@ def variant_rows(variants, rounds=3, n=2, device='cpu', **setting):
     runs = {k: our_step(images=x, device=device, **setting, **v) for k,v in ({'without': {}}|variants).items()}
     times = {k: v['step'] for k,v in race_steps(runs, rounds, n).items()}
     for k in variants: yield Row.of_times(f'training step, {k}', _size(**setting), times, 'without', ours=k)
+
+# --- an epoch in bfloat16 ----------------------------------------------------------------------------------------------------
+def epoch_learner(dls):
+    "A small ResNet, as 28 px images want it"
+    torch.manual_seed(0)
+    encoder = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, layers=(1,1,1,1), channels=(32,64,128,256))
+    model = create_swav_model(encoder.to(dls.device), hidden_size=512, projection_size=dim, n_protos=256)
+    augs = get_swav_aug_pipelines(num_crops=(2,4), crop_sizes=(28,18), min_scales=(.3,.12), max_scales=(1.,.4), stats=None)
+    learn = Learner(dls, model, lr=1e-3, cbs=[SWAV(augs),NoValidation()])
+    learn.remove_cbs([ProgressCallback,Recorder])
+    return learn
+
+def epoch_rows(n=1024, bs=256, rounds=3, device='cpu', force=False):
+    "A whole epoch in bfloat16 and in float32, where the device has the hardware and the machine has the images"
+    what,size = 'epoch of a small ResNet, bfloat16',f'{n} of Fashion-MNIST, batch {bs}, 2x28 + 4x18'
+    if not (force or is_fast(torch.bfloat16, device)): return [Row(what, size, 'no hardware', 'float32', '')]
+    try: dls = fashion_mnist_dls(n, bs, bs=bs, labelled=False, device=device)
+    except FileNotFoundError: return [Row(what, size, 'no images', 'float32', '')]
+    runs = {'this package': epoch_learner(dls).to_bf16(force=force), 'float32': epoch_learner(dls)}
+    times = race({k: partial(o.fit, 1) for k,o in runs.items()}, rounds, device, least=0.)
+    return [Row.of_times(what, size, times, 'float32', '1.8x (2.5x)')]

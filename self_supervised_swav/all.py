@@ -1,6 +1,7 @@
 "Everything: `from self_supervised_swav.all import *`"
 from .sinkhorn import *
 from .losses import *
+from .stats import *
 from .knn import *
 from .recipes import *
 from .encoders import *
@@ -10,7 +11,10 @@ from .augment import *
 from .multiview import *
 from .swav import *
 from .optimizer import *
+from .monitor import *
 from .resume import *
 from .distributed import *
 from .precision import *
 from .data import *
+from .learner import *
+from .evaluate import *

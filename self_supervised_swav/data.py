@@ -17,7 +17,7 @@ from fasttransform import Transform
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.external import fastai_path
-from fastai.data.transforms import Category, IntToFloatTensor, get_image_files
+from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, get_image_files
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, default_device
 from fastai.vision.augment import Resize
@@ -144,7 +144,7 @@ class TensorImages:
         if x.ndim != 4: raise ValueError(f"x must have 4 dimensions (images, channels, height, width), got shape {tuple(x.shape)}")
         if x.dtype != torch.uint8 and not x.is_floating_point(): raise TypeError(f"x must be uint8 or floating point, got {x.dtype}")
         if y is not None and y.shape != x.shape[:1]: raise ValueError(f"y must hold one class for each of {len(x)} images, got shape {tuple(y.shape)}")
-        if y is not None and vocab is None: vocab = list(range(int(y.max())+1))
+        if y is not None and not isinstance(vocab, CategoryMap): vocab = CategoryMap(range(int(y.max())+1) if vocab is None else vocab, sort=False)
         store_attr()
         self.loss_func = no_targets if y is None else CrossEntropyLossFlat()
         if y is not None: self.c = len(vocab)

@@ -8,26 +8,29 @@ __all__ = ['swapped_loss']
 # %% ../nbs/01_losses.ipynb #94eae3d9
 import torch
 
-# %% ../nbs/01_losses.ipynb #ce51785b
+# %% ../nbs/01_losses.ipynb #0bcb35b6
 class _SwappedLoss(torch.autograd.Function):
     "Value and gradient in one pass over the scores"
     @staticmethod
-    def forward(ctx, scores, codes, assign_ids, temp):
-        grad = torch.empty_like(scores, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        ctx.grad,ctx.assign_ids,ctx.temp = grad,assign_ids,temp
+    def forward(ctx, scores, codes, assign_ids, temp, buffer):
+        grad = (_empty(scores) if buffer is None else buffer) if ctx.needs_input_grad[0] else None
+        loss = _loss_and_grad(scores, codes, assign_ids, temp, grad)
+        ctx.grad,ctx.version,ctx.assign_ids,ctx.temp = grad,getattr(grad, '_version', None),assign_ids,temp
         ctx.save_for_backward(scores, codes)
-        return _loss_and_grad(scores, codes, assign_ids, temp, grad)
+        return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         scores,codes = ctx.saved_tensors
         grad,ctx.grad = ctx.grad,None
         with torch.no_grad():
-            if grad is None:  # a second backward through a retained graph: the first took the gradient along
-                grad = torch.empty_like(scores, memory_format=torch.contiguous_format)
+            if grad is None or grad._version!=ctx.version:  # a backward took it along, or another step wrote over it
+                grad = _empty(scores)
                 _loss_and_grad(scores, codes, ctx.assign_ids, ctx.temp, grad)
             if grad.device.type!='cpu' or grad_output!=1: grad.mul_(grad_output)  # a look is cheap there
-        return (_FirstOnly.apply(grad, scores) if torch.is_grad_enabled() else grad),None,None,None
+        return (_FirstOnly.apply(grad, scores) if torch.is_grad_enabled() else grad),None,None,None,None
+
+def _empty(x): return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 class _FirstOnly(torch.autograd.Function):
     "Marks a gradient that cannot be differentiated again"
@@ -55,12 +58,13 @@ def _loss_and_grad(scores, codes, assign_ids, temp, grad=None):
         for v,q in zip(assign_ids, codes): p[v] += q*(scale/temp)
     return loss.mul_(scale)
 
-# %% ../nbs/01_losses.ipynb #0753d491
+# %% ../nbs/01_losses.ipynb #fa107277
 def swapped_loss(
     scores:torch.Tensor, # (V,B,K) scores of V crops of B images against K prototypes
     codes:torch.Tensor, # (A,B,K) codes of the A assigned crops; taken as constants
     assign_ids, # Which crops the codes are of: A different indices into 0..V-1
-    temp:float=0.1 # Softmax temperature tau, positive
+    temp:float=0.1, # Softmax temperature tau, positive
+    grad_buffer:torch.Tensor|None=None # Tensor like the float32 scores to write their gradient into; None: a new one
 )->torch.Tensor: # Mean cross entropy over pairs and images, a float32 scalar (float64 for float64 scores)
     "Cross entropy of every other crop's prediction against each code (Caron et al. 2020, Eq. 1-4)"
     assign_ids = tuple(assign_ids)
@@ -72,4 +76,7 @@ def swapped_loss(
         raise ValueError(f"codes must have the shape {(len(assign_ids),*scores.shape[1:])}, got {tuple(codes.shape)}")
     if not temp>0: raise ValueError(f"temp must be positive, got {temp}")
     if scores.dtype!=torch.float64: scores = scores.float()
-    return _SwappedLoss.apply(scores, codes.detach().to(scores.dtype), assign_ids, temp)
+    b = grad_buffer
+    if b is not None and (b.shape!=scores.shape or b.dtype!=scores.dtype or not b.is_contiguous()):
+        raise ValueError(f"grad_buffer must be contiguous, {tuple(scores.shape)} of {scores.dtype}, got {tuple(b.shape)} of {b.dtype}")
+    return _SwappedLoss.apply(scores, codes.detach().to(scores.dtype), assign_ids, temp, b)

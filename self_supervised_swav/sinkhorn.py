@@ -9,21 +9,21 @@ __all__ = ['sinkhorn']
 import os, torch
 import torch.distributed as dist
 
-# %% ../nbs/00_sinkhorn.ipynb #92dcbb0f
+# %% ../nbs/00_sinkhorn.ipynb #e900b83a
 _MAX_RANGE = {torch.float32: 68., torch.float64: 650.}  # of scores/eps, for plain arithmetic
 try: _l3_size = os.sysconf('SC_LEVEL3_CACHE_SIZE')  # bytes
 except (AttributeError,ValueError,OSError): _l3_size = 0  # not on this system
-_N_CACHE = min(max(_l3_size//16, 1<<18), 1<<22)  # entries of a block: it and its scores fill half of the cache
+_N_CACHE = min(max(_l3_size//16, 1<<18), 1<<24)  # entries of a block: it and its scores fill half of the cache
 _N_BLOCK = 1<<24  # the same where memory is fast and launches are dear: a bound on temporaries
 
 def _blocks(x, *others):
     "Rows of `x` and of the tensors beside it, in blocks small enough to be worked on in one place"
     n = max(1, (_N_CACHE if x.device.type=='cpu' else _N_BLOCK)//x.shape[1])
-    return list(zip(*(o.split(n) for o in (x,*others))))
+    return [(x,*others)] if len(x)<=n else list(zip(*(o.split(n) for o in (x,*others))))
 
 def _column_scale(mass):
     "The `u` that makes the columns even, given their sums, up to the constant that makes it sum to 1"
-    u = mass.clamp_(min=torch.finfo(mass.dtype).tiny).reciprocal_()
+    u = mass.reciprocal_()
     return u.div_(u.sum())
 
 def _all_reduce(x, group, op=dist.ReduceOp.SUM):

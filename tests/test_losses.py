@@ -49,6 +49,11 @@ def test_retained_graph_and_second_derivative():
     first, = torch.autograd.grad(loss, s, retain_graph=True)
     again, = torch.autograd.grad(2*loss, s)
     torch.testing.assert_close(again, 2*first)
+    buffer = torch.empty_like(s)
+    losses = [swapped_loss(s*k, codes, (0,1), grad_buffer=buffer) for k in (1,3)]  # the second writes over the first's gradient
+    for k,l in zip((1,3), losses):
+        want, = torch.autograd.grad(by_pairs(s*k, codes, (0,1), .1), s)
+        for _ in range(2): torch.testing.assert_close(torch.autograd.grad(l, s, retain_graph=True)[0], want)
     g, = torch.autograd.grad(swapped_loss(s, codes, (0,1)), s, create_graph=True)
     with pytest.raises(RuntimeError, match='no second derivative'): g.sum().backward()
 
@@ -62,7 +67,7 @@ def test_float32_from_half_and_no_gradient_to_codes():
     assert swapped_loss(torch.full((2,1,3), 1e4), torch.rand(2,1,3), (0,1), temp=.01).isfinite()
 
 @pytest.mark.parametrize('kw,text', [(dict(temp=0), 'temp must be positive, got 0'), (dict(assign_ids=[0,0]), 'different'), (dict(assign_ids=[0,5]), 'indices'),
-                                     (dict(assign_ids=[]), 'indices'), (dict(assign_ids=[0]), 'codes must have the shape')])
+                                     (dict(assign_ids=[]), 'indices'), (dict(grad_buffer=torch.ones(3,2,5)), 'grad_buffer must be'), (dict(assign_ids=[0]), 'codes must have the shape')])
 def test_errors(kw, text):
     kw = dict(scores=torch.zeros(3,2,4), codes=torch.ones(2,2,4), assign_ids=[0,1])|kw
     with pytest.raises(ValueError, match=text): swapped_loss(**kw)

@@ -1,4 +1,5 @@
 "The callback in real fits: everything that fastai users do with a Learner, the queue's life, errors, and the device."
+import os, shutil
 from contextlib import nullcontext
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
@@ -57,6 +58,17 @@ def test_with_callbacks(name, tmp_path):
     if name=='csv': assert len((tmp_path/'log.csv').read_text().splitlines())==3
     if name=='save': assert (tmp_path/'models'/'model.pth').exists()
     plt.close('all')
+
+@pytest.mark.parametrize('how', ['channels_last', pytest.param('compiled', marks=[pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler')])])
+def test_encoder_in_another_layout_or_compiled_trains_alike(how):
+    losses = []
+    for changed in (False,True):
+        learn = small_learner(K=24, cbs=[ChannelsLast()] if changed and how=='channels_last' else [])
+        if changed and how=='compiled': learn.model.encoder = torch.compile(learn.model.encoder)
+        learn.fit(1)
+        losses.append([float(o) for o in learn.recorder.losses])
+    np.testing.assert_allclose(*losses, rtol=2e-3)
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16])
 def test_float32_from_scores_to_loss_under_autocast(dtype):

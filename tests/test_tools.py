@@ -89,3 +89,14 @@ def test_nothing_found(project, tmp_path):
     shutil.copytree(project, empty, ignore=shutil.ignore_patterns('*.ipynb', 'test_*.py'))
     res = run(empty, 'tools/test.py')
     assert res.returncode == 1 and res.stdout.splitlines()[-1] == '1 passed, 3 failed', res.stdout+res.stderr
+
+def test_progress_bars_as_a_terminal_shows_them(project):
+    nb = project/'nbs'/'04_bar.ipynb'
+    try:
+        write_nb(nb, ["print('epoch\\n[#   ]\\r[##  ]\\r0  0.5\\r')", "print('\\r  \\r', end='')"])
+        assert run(project, 'tools/run_nb.py', str(nb)).returncode == 0
+        outs = [c['outputs'] for c in json.loads(nb.read_text())['cells']]
+        assert [''.join(o['text']) for o in outs[0]] == ['epoch\n0  0.5\n'] and outs[1] == []
+        write_nb(nb, ['1/0'])
+        assert run(project, 'tools/run_nb.py', str(nb)).returncode == 1
+    finally: nb.unlink()

@@ -49,7 +49,7 @@ def main(epochs, seed, out):
     dls = digits_dls(size=16, bs=64, valid_pct=.3, seed=seed, device='cpu')
     encoder = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, layers=(1,1,1,1), channels=(16,32,64,128), zero_init_last=False)
     model = create_swav_model(encoder, hidden_size=256, projection_size=64, n_protos=n_protos)
-    # no flips: digits have a handedness; jitter, or the network sorts them by the thickness of the pen
+    # no flips: digits have a handedness
     augs = get_swav_aug_pipelines(num_crops=(2,2), crop_sizes=(16,10), min_scales=(.6,.35), max_scales=(1.,.7), flip_p=0.,
                                   rotate=True, rotate_deg=15, rotate_p=.5, bw=False, blur=False, stats=None)
     learn = Learner(dls, model, cbs=[SWAV(augs, crop_assgn_ids=[0,1], eps=0.03)])

@@ -2,6 +2,7 @@
 import ast, re, sys
 from base64 import b64decode
 from pathlib import Path
+from run_nb import as_shown
 
 root = Path(__file__).resolve().parent.parent
 images = Path('docs')/'images'
@@ -20,16 +21,8 @@ def linker():
 
 def fence(text, lang=''): return f'```{lang}\n{text.rstrip()}\n```'
 
-def as_terminal(text):
-    "What a terminal shows of `text` in the end: a carriage return goes back to the line's start, and what follows overwrites"
-    def line(s):
-        out = ''
-        for o in s.split('\r'): out = o + out[len(o):]
-        return out.rstrip()
-    return '\n'.join(map(line, text.split('\n')))
-
 def render_output(o, add_image):
-    if o.output_type == 'stream': return fence(as_terminal(o.text)) if o.name == 'stdout' else ''
+    if o.output_type == 'stream': return fence(as_shown(o.text)) if o.name == 'stdout' else ''
     data = o.get('data', {})
     if 'image/png' in data: return f'![]({add_image(data["image/png"])})'
     if 'text/markdown' in data: return data['text/markdown'].strip()

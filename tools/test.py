@@ -52,7 +52,7 @@ def tests(words):
     with tempfile.TemporaryDirectory() as tmp:
         xml = Path(tmp)/'tests.xml'
         select = ['-k', ' or '.join(words)] if words else []
-        ret = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rfEs', '--tb=short', '-m', 'not slow', f'-n{n_workers}',
+        ret = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-rfEs', '--tb=short', '--disable-warnings', '-m', 'not slow', f'-n{n_workers}',
                               '--dist=worksteal', f'--durations={n_slowest}', '--durations-min=1', f'--junitxml={xml}',
                               *select, 'tests'], cwd=root).returncode
         suite = ElementTree.parse(xml).getroot().find('testsuite') if xml.exists() else {}

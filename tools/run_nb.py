@@ -1,0 +1,37 @@
+"Run notebooks and keep their outputs, progress bars as a terminal shows them in the end: `python tools/run_nb.py nbs/index.ipynb ...`"
+import os, sys
+os.environ.setdefault('OMP_NUM_THREADS', '2')
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root))
+
+def as_shown(text):
+    "What a terminal shows of `text`: a carriage return goes back to the start of the line, and what follows overwrites it"
+    lines = []
+    for line in text.split('\n'):
+        shown = ''
+        for part in line.split('\r'): shown = part + shown[len(part):]
+        lines.append(shown.rstrip())
+    return '\n'.join(lines)
+
+def run(path):
+    "Run `path` and save it; False if a cell failed"
+    from fastcore.nbio import read_nb, write_nb
+    from nbdev.clean import nbdev_clean
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    flags = get_config(root).tst_flags
+    ok, _ = test_nb(path, skip_flags=flags.split() if isinstance(flags, str) else flags, basepath=root, save=True)
+    if not ok: return False
+    nb = read_nb(path)
+    for cell in nb.cells:
+        outputs = cell.get('outputs', [])
+        for o in outputs:
+            if o.output_type == 'stream': o.text = as_shown(''.join(o.text)).splitlines(keepends=True)
+        if outputs: cell.outputs = [o for o in outputs if o.output_type != 'stream' or ''.join(o.text).strip()]
+    write_nb(nb, path)
+    nbdev_clean(str(path))
+    return True
+
+if __name__ == '__main__': sys.exit(not all([run(Path(p).resolve()) for p in sys.argv[1:]]))
