@@ -253,14 +253,14 @@ def _normalized(dls, stats):
     loaders = [dl.new(after_batch=Pipeline([*dl.after_batch.fs, norm])) for dl in dls.loaders]
     return DataLoaders(*loaders, path=dls.path, device=dls.device)
 
-# %% ../nbs/32_evaluate.ipynb #be1c5051
+# %% ../nbs/32_evaluate.ipynb #3a39561b
 @delegates(Learner.__init__, but=['model','splitter'])
 def few_label_learner(
     encoder, # A pretrained encoder, a model with one, or the Learner that trained it
     dls:DataLoaders, # Labelled images, for instance from `few_label_splits`
     n_out:int|None=None, # Number of classes (default: that of `dls`)
     stats:tuple|None=None, # Mean and standard deviation to normalise with (default: as the Learner's crops, else none)
-    custom_head:nn.Module|None=None, # Features to class scores (default: one linear layer)
+    custom_head:nn.Module|None=None, # Features to class scores (default: batch norm and one linear layer)
     splitter=encoder_head_split, # Function from the model to its groups of parameters
     metrics=accuracy, # Metrics of the table
     pretrained:bool=True, # Start with the encoder frozen?
@@ -268,16 +268,17 @@ def few_label_learner(
 )->Learner:
     "A Learner that classifies with a copy of `encoder` and a new head"
     encoder,views = _encoder_of(encoder)
-    if not dls.train.one_batch()[1:]: raise ValueError("dls must have labels, got images alone")
+    x,*y = dls.train.one_batch()
+    if not y: raise ValueError("dls must have labels, got images alone")
     n_out = get_c(dls) if n_out is None else n_out
     if not n_out or n_out<2: raise ValueError(f"n_out must be the number of classes, at least 2, got {n_out}")
     encoder = copy.deepcopy(encoder)
-    x = dls.train.one_batch()[0]
     if stats is None and views is not None: stats = _crop_stats(views, x.shape[1])
     if custom_head is None:
         encoder.eval()
         device = next((p.device for p in encoder.parameters()), x.device)
-        with torch.no_grad(): custom_head = nn.Linear(encoder(x[:2].to(device).as_subclass(torch.Tensor)).shape[1], n_out)
+        with torch.no_grad(): d = encoder(x[:2].to(device).as_subclass(torch.Tensor)).shape[1]
+        custom_head = nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, n_out))
     model = EncoderWithHead(encoder.train().requires_grad_(), custom_head)
     learn = Learner(_normalized(dls, stats), model, splitter=splitter, metrics=metrics, **kwargs)
     if pretrained: learn.freeze()
