@@ -1,11 +1,10 @@
 "Features, votes, probes and few labels: beside scikit-learn on the same features, every source of images, errors."
 import copy
 import numpy as np, pytest, torch
-from fastai.callback.schedule import *
 from fastai.data.all import DataBlock, CategoryBlock, DataLoaders, RandomSplitter, parent_label, get_image_files
-from fastai.interpret import ClassificationInterpretation, Interpretation
-from fastai.learner import Learner, load_learner
-from fastai.vision.all import ImageBlock, Normalize, PILImageBW, Resize, aug_transforms, PILImage
+from fastai.interpret import ClassificationInterpretation
+from fastai.learner import load_learner
+from fastai.vision.all import ImageBlock, Normalize, Resize, aug_transforms, PILImage
 from hypothesis import given, settings, strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
@@ -13,9 +12,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from helpers import digits, small_augs, small_encoder, small_learner
+from helpers import digits, small_learner
 from self_supervised_swav.augment import get_swav_aug_pipelines, normalize_images
-from self_supervised_swav.data import digits_dls
 from self_supervised_swav.evaluate import (EncoderWithHead, KNNMetric, extract_features, few_label_learner, few_label_splits, knn_accuracy,
                                            linear_probe)
 
