@@ -364,6 +364,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'self_supervised_swav/monitor.py'),
                                               'self_supervised_swav.monitor.CollapseMonitor.__init__': ( 'monitor.html#collapsemonitor.__init__',
                                                                                                          'self_supervised_swav/monitor.py'),
+                                              'self_supervised_swav.monitor.CollapseMonitor._bs': ( 'monitor.html#collapsemonitor._bs',
+                                                                                                    'self_supervised_swav/monitor.py'),
                                               'self_supervised_swav.monitor.CollapseMonitor._collapsed': ( 'monitor.html#collapsemonitor._collapsed',
                                                                                                            'self_supervised_swav/monitor.py'),
                                               'self_supervised_swav.monitor.CollapseMonitor._judge': ( 'monitor.html#collapsemonitor._judge',

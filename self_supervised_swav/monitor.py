@@ -138,7 +138,7 @@ def _tell(self:CollapseMonitor, text):
     self.stopping = self.stop
     if rank_distrib()==0: warnings.warn(text+(' The fit ends here.' if self.stop else ''), CollapseWarning, stacklevel=2)
 
-# %% ../nbs/26_monitor.ipynb #7b548662
+# %% ../nbs/26_monitor.ipynb #370b679e
 def _short(x): return f'{x:.3g}'
 
 def _strength(pipeline, name):
@@ -148,11 +148,13 @@ def _strength(pipeline, name):
 
 @patch(as_prop=True)
 def _lr(self:CollapseMonitor): return max([*self.recorder.lrs, self.opt.hypers[-1]['lr']])
+@patch(as_prop=True)
+def _bs(self:CollapseMonitor): return self.swav.codes.shape[1]*(1 if self.swav._group is None else dist.get_world_size())
 
 @patch
 def _collapsed(self:CollapseMonitor, n, lnk, loss, entropy):
     swav,n_protos = self.swav,len(self.last_used)
-    n_rows = self.dls.train.bs*(1 if swav._group is None else dist.get_world_size())+(swav.K or 0)
+    n_rows = self._bs+(swav.K or 0)
     frozen = swav._frozen_steps/swav._n_steps
     level = _mean(loss)*lnk
     has_been = f"been ln({n_protos}) = {lnk:.2f}" if abs(level-lnk)<self.min_nats else f"not been below ln({n_protos}) = {lnk:.2f} (it is {level:.2f})"
@@ -167,7 +169,7 @@ def _collapsed(self:CollapseMonitor, n, lnk, loss, entropy):
 
 @patch
 def _stale_queue(self:CollapseMonitor, n, overlap):
-    swav,n_train,bs = self.swav,len(self.dls.train.dataset),self.dls.train.bs
+    swav,n_train,bs = self.swav,len(self.dls.train.dataset),self._bs
     K,start = max(bs, min(swav.K//2, n_train//4)),min(.9, max(2*swav.queue_start_pct, .25))
     tries = [*([f"K={K} (now {swav.K}, of {n_train} training images)"] if K<swav.K else []), f"queue_start_pct={_short(start)} (now {_short(swav.queue_start_pct)})",
              f"lr={_short(self._lr/3)} (now {_short(self._lr)})", "no queue (K=None)"]

@@ -1,7 +1,6 @@
 "Features, votes, probes and few labels: beside scikit-learn on the same features, every source of images, errors."
 import copy
 import numpy as np, pytest, torch
-import fastai.callback.schedule  # noqa: F401  it patches Learner
 from fastai.data.all import DataBlock, CategoryBlock, DataLoaders, RandomSplitter, parent_label, get_image_files
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import load_learner

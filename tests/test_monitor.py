@@ -3,12 +3,12 @@ import csv, math, warnings
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
-import fastai.callback.schedule  # noqa: F401  it patches Learner
 from torch import nn
 from helpers import small_augs, small_learner
 from self_supervised_swav.models import create_swav_model
 from self_supervised_swav.monitor import CollapseMonitor, CollapseWarning, EpochColumns
 from self_supervised_swav.stats import code_entropy, effective_rank, feature_spread, mean_code_entropy
+from test_distributed import _learner, run_ranks
 
 columns = ['loss/lnK','code_entropy','mean_code_entropy','proto_usage','feature_spread','effective_rank']
 plain = dict(jitter=False, blur=False, flip_p=0.)
@@ -159,3 +159,23 @@ def test_epoch_columns_with_other_metrics():
     learn = learner(n=100, cbs=[Two(['a','b'])])
     learn.fit(2)
     assert list(learn.recorder.metric_names[3:5])==['a','b'] and [list(v[2:]) for v in learn.recorder.values]==[[1.,0],[1.,1]]
+
+# --- several processes ------------------------------------------------------------------------------------------------------
+def _rank(rank, size):
+    learn = _learner([6]*size, rank, cbs=[CollapseMonitor(stop=True, every=3)])
+    learn.collapse_monitor.min_patience = 4
+    learn.model.encoder = Constant8()
+    with learn.distrib_ctx(sync_bn=False): told = fit(learn, 5)
+    m = learn.collapse_monitor
+    return dict(told=told, n_steps=m.n_steps, history=m.history, alarms=m.alarms)
+
+class Constant8(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Parameter(torch.linspace(-1, 1, 8))
+    def forward(self, x): return self.features+0*x.mean((1,2,3)).unsqueeze(1)
+
+def test_ranks_stop_together_and_one_speaks(tmp_path):
+    a,b = run_ranks(_rank, 2, tmp_path)
+    assert a['history']==b['history'] and a['alarms']==b['alarms'] and a['n_steps']==b['n_steps']<20
+    assert len(a['told'])==1 and b['told']==[] and 'the 12 samples' not in a['told'][0]
