@@ -61,9 +61,11 @@ def loss_contestants(*size, device='cpu'):
 
 def loss_rows(sizes=((8,8,30),(8,256,3000)), rounds=9, device='cpu', memory=True):
     for V,B,K in sizes:
-        times,size = race(loss_contestants(V, B, K, device=device), rounds, device),f'{V} crops, {B}x{K}'
-        yield Row.of_times('loss + gradient', size, times, 'lightly', '4x (6x)' if B==256 else '')
-        if not memory or B*K<1e5: continue
+        fs,size = loss_contestants(V, B, K, device=device),f'{V} crops, {B}x{K}'
+        yield Row.of_times('loss + gradient', size, race(fs, rounds, device, least=.1), 'lightly', '4x (6x)' if B==256 else '')
+        if B*K<1e5: continue
+        yield Row.of_times('loss + gradient, caches cold', size, race(fs, rounds, device, least=0), 'lightly')
+        if not memory: continue
         a,b = (peak_memory(loss_and_grad, n, V, B, K, device, device=device)/2**20 for n in ('this package','lightly'))
         yield Row('loss + gradient: peak memory', size, f'{a:.0f} MB', 'lightly', f'{b:.0f} MB', f'1/{b/a:.1f}', '1/2 (1/3)')
 

@@ -8,7 +8,7 @@ __all__ = ['swapped_loss']
 # %% ../nbs/01_losses.ipynb #94eae3d9
 import torch
 
-# %% ../nbs/01_losses.ipynb #5961f0a8
+# %% ../nbs/01_losses.ipynb #1274375e
 class _SwappedLoss(torch.autograd.Function):
     "Value and gradient in one pass over the scores"
     @staticmethod
@@ -53,7 +53,7 @@ def _loss_and_grad(scores, codes, assign_ids, temp, bound, grad=None):
         p = torch.add(-top, scores, alpha=1/temp, out=grad).exp_()
     norm = p.sum(2, keepdim=True)
     cross = torch.einsum('bk,vbk->vb', target, scores)
-    for v,q in zip(assign_ids, codes): cross[v] -= torch.einsum('bk,bk->b', q, scores[v])
+    for v,q in zip(assign_ids, codes): cross[v] -= torch.linalg.vecdot(q, scores[v])
     loss = (weight*(norm.log() + top)[...,0]).sub_(cross, alpha=1/temp).sum()
     if grad is not None:
         torch.addcmul(target.mul_(-scale/temp), p, weight[...,None].mul_(scale/temp)/norm, out=p)
