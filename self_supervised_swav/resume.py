@@ -258,7 +258,7 @@ def _compare(path, saved, here):
     advice = 'is of another fit; repeat its settings, or delete it to start anew'
     if said: raise ValueError('\n'.join([f'{path} {advice}:', *said]))
 
-# %% ../nbs/27_resume.ipynb #b07660f4
+# %% ../nbs/27_resume.ipynb #3a4a19c7
 def _say(text):
     if not rank_distrib(): print(text)
 
@@ -273,7 +273,7 @@ class ResumeTraining(Callback):
         if self.file.is_dir(): raise ValueError(f"path must be a file, got the folder {path}")
         if every is not None and not (isinstance(every, int) and every>0):
             raise ValueError(f"every must be a positive number of batches or None, got {every}")
-        self.every,self.n_fit,self.at_work = every,0,False
+        self.every,self.n_fit,self.at_work,self.stopping = every,0,False,False
 
     def before_fit(self):
         if self.learn.lock.locked(): return              # `validate` and `get_preds` hold the lock
@@ -296,10 +296,21 @@ class ResumeTraining(Callback):
         else:
             run(f)
             if event_type=='validate': self.in_epoch = False
-            if event_type=='batch' and self._due: self._save(self.epoch, self.iter+1)
+            if event_type=='batch' and self._due:
+                self._save(self.epoch, self.iter+1)
+                self._stop_if_told()
 
     @property
-    def _due(self): return self.at_work and self.training and self.every and (self.iter+1)%self.every==0
+    def _due(self): return self.at_work and self.training and self.every and (self.stopping or (self.iter+1)%self.every==0)
+
+    def stop(self):
+        "Write the file after this batch (without `every`, after this epoch) and end the fit by a KeyboardInterrupt"
+        self.stopping = True
+
+    def _stop_if_told(self):
+        if not self.stopping: return
+        self.stopping = False
+        raise KeyboardInterrupt(f"stopped; {self.file} is written")
 
     def _epoch(self, run, f):
         try:
@@ -309,6 +320,7 @@ class ResumeTraining(Callback):
             run(f)
             self.in_epoch = False
             self._save(self.epoch+1)
+            if self.epoch+1<self.n_epoch: self._stop_if_told()
         except BaseException:
             vars(self.learn).pop('_with_events', None)
             raise
