@@ -21,7 +21,7 @@ from helpers import digits, seed_all, small_augs, small_learner
 from test_distributed import run_ranks
 from self_supervised_swav import resume
 from self_supervised_swav.optimizer import lars
-from self_supervised_swav.resume import ResumeTraining, _read_last, _write
+from self_supervised_swav.resume import ResumeTraining, TrainingStopped, _read_last, _write
 
 
 class Noisy:
@@ -125,7 +125,7 @@ def test_stop(tmp_path, every, asked):
         stop_in(learn, n)
         if n_done is None: fit(learn)
         else:
-            with pytest.raises(KeyboardInterrupt, match='is written'): fit(learn)
+            with pytest.raises(TrainingStopped, match='is written'): fit(learn)
             assert len(learn.recorder.losses)==n_done
     got,want = result(learn),result(whole)
     assert not [k for k in want if got[k] != want[k]]
