@@ -6,14 +6,14 @@
 __all__ = ['atomic_path', 'encoder_of', 'crop_stats', 'save_encoder', 'encoder_settings', 'create_from_settings', 'load_encoder',
            'Loaded', 'load_weights']
 
-# %% ../nbs/13_checkpoints.ipynb #c8aa1cb1
+# %% ../nbs/13_checkpoints.ipynb #7c699188
 import json, os, warnings
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from fastai.torch_core import get_model
 from .augment import BatchAugment, normalize_images
@@ -59,7 +59,7 @@ def _crop_size(views):
     augs = [f.aug for v in views for f in v.fs if isinstance(f, BatchAugment)]
     return max((getattr(o, 'size', None) or o.flags['size'] for o in augs), default=None)
 
-# %% ../nbs/13_checkpoints.ipynb #7f130c17
+# %% ../nbs/13_checkpoints.ipynb #3d53bbce
 def _is_json(o):
     try: return json.loads(json.dumps(o)) is not None or o is None
     except (TypeError, ValueError): return False
@@ -84,7 +84,7 @@ def save_encoder(
     text = json.dumps(_own_settings(encoder, views) | settings)
     # a compiled module's names have a prefix; clones, for safetensors takes no two tensors of the same memory
     state = {k.replace('_orig_mod.', ''): v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in encoder.state_dict().items()}
-    with atomic_path(path) as p: save_file(state, p, metadata=dict(format='pt', encoder=text))
+    with atomic_path(path) as p: p.write_bytes(save(state, metadata=dict(format='pt', encoder=text)))
     return Path(path)
 
 # %% ../nbs/13_checkpoints.ipynb #792d496b

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['is_told', 'exit_codes', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
 
-# %% ../nbs/35_cli.ipynb #8182f8af
-import signal, sys
+# %% ../nbs/35_cli.ipynb #96465ef9
+import signal, sys, warnings
 from contextlib import contextmanager
 from typing import Annotated
 from fastcore.script import call_parse, is_cli
 
-# %% ../nbs/35_cli.ipynb #940ec079
+# %% ../nbs/35_cli.ipynb #440358f3
 def is_told(e):
     "Is `e` what this package says of arguments and files? An error from below it, or of another kind, is unexpected"
     if isinstance(e, OSError): return True
@@ -22,6 +22,9 @@ def is_told(e):
 @contextmanager
 def exit_codes(name):
     "On the command line: an error that tells what is wrong, or a signal, ends with a line on stderr and its exit code"
+    if is_cli():
+        warnings.filterwarnings('ignore', category=FutureWarning)  # those of dependencies
+        warnings.formatwarning = lambda message, *_: f'{name}: warning: {message}\n'
     try: yield
     except (Exception,KeyboardInterrupt) as e:
         stopped = isinstance(e, KeyboardInterrupt)

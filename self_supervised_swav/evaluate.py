@@ -64,7 +64,7 @@ class _Rows:
 
     def get(self): return torch.cat(self.parts) if self.out is None else self.out[:self.done]
 
-# %% ../nbs/32_evaluate.ipynb #4848540c
+# %% ../nbs/32_evaluate.ipynb #e6a40f4d
 def extract_features(
     learn_or_encoder, # A Learner, whose model's encoder is used, or an encoder: images (B,C,H,W) to features (B,d)
     dl, # DataLoader of images, with or without targets; a fastai one is taken in the order of its data set, to the last image
@@ -80,9 +80,10 @@ def extract_features(
     n = getattr(dl, 'n', None) if isinstance(dl, DataLoader) else len(dl.dataset) if hasattr(getattr(dl, 'dataset', None), '__len__') else None
     rows,targets = _Rows(n, max_bytes, path),[]
     encoder.eval()
+    dl_ = _in_order(dl)
     try:
         with torch.no_grad(), _without_augs(dl):
-            for i,b in enumerate(progress_bar(dl_ := _in_order(dl), leave=False, display=progress)):
+            for i,b in enumerate(progress_bar(dl_, leave=False) if progress else dl_):
                 x,*y = b if isinstance(b, (list,tuple)) else (b,)
                 x = x.to(device)
                 f = encoder((x if views is None else normalize_images(views, x)).as_subclass(torch.Tensor))

@@ -6,7 +6,7 @@
 __all__ = ['ImageSource', 'parse_settings', 'EpochHistory', 'SaveEncoder', 'stop_on_signals', 'check_writable', 'PretrainRun',
            'Pixels', 'find_encoder', 'mean_ci', 'Evaluation', 'evaluate_run', 'embed']
 
-# %% ../nbs/34_runs.ipynb #608bcbed
+# %% ../nbs/34_runs.ipynb #755514bc
 import ast, inspect, json, math, os, platform, signal, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +18,7 @@ from scipy.stats import t as student_t
 from torch import nn
 from fastprogress.fastprogress import progress_bar
 from fastcore.basics import store_attr
-import fastai.callback.schedule  # patches Learner
+from fastai.callback import schedule  # patches Learner
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.data.block import CategoryBlock, DataBlock
@@ -29,6 +29,7 @@ from fastai.torch_core import default_device, set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
+from . import visualize  # patches Learner
 from .checkpoints import atomic_path, create_from_settings, encoder_settings, load_encoder, save_encoder
 from .data import UnlabeledImageBlock, _find_images, _fit_bs, _random_split, digits_dls, fashion_mnist_dls
 from .evaluate import (KNNMetric, _labels_of, _normalized, _subset, extract_features, few_label_idxs, few_label_learner,
@@ -353,7 +354,7 @@ class Evaluation(dict):
         m,ci = mean_ci(values)
         return f'{m:.1%}' if math.isnan(ci) else f'{100*m:.1f} ± {100*ci:.1f}%'
 
-# %% ../nbs/34_runs.ipynb #d3d8feef
+# %% ../nbs/34_runs.ipynb #e3cdcd57
 def _fine_tuned(encoder, dls, stats, epochs, scratch, seed):
     "Accuracy on the validation set after training on the few labels of `dls`"
     set_seed(seed)
@@ -411,9 +412,9 @@ def evaluate_run(
     for name,scratch in (('trained from scratch',True), ('pretrained, fine-tuned',False)):
         jobs += [(f'{name}, {o} labels', lambda name=name,scratch=scratch,o=o,s=s: record(name, o, _fine_tuned(new(s) if scratch else encoder,
                   few_label_splits(dls, **columns[o], seed=s), stats, epochs, scratch, s))) for o in columns for s in range(seeds) if epochs]
-    bar = progress_bar(jobs, leave=False, display=sys.stdout.isatty())
-    for name,job in bar:
-        bar.comment = name
+    bar = progress_bar(jobs, leave=False) if sys.stdout.isatty() else None
+    for name,job in bar or jobs:
+        if bar: bar.comment = name
         job()
     order = sorted(accuracy, key=lambda o: ('neigh' not in o)+('neigh' not in o and 'linear' not in o))
     res = Evaluation(source=images.source, n_train=len(y), n_valid=len(dls.valid_ds), labels=['all', *columns], seeds=seeds, epochs=epochs, k=k,
