@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ImageSource', 'parse_settings', 'EpochHistory', 'SaveEncoder', 'stop_on_signals', 'check_writable', 'PretrainRun',
-           'Pixels', 'find_encoder', 'mean_ci', 'Evaluation', 'evaluate_run', 'embed']
+           'Pixels', 'find_encoder', 'mean_ci', 'Evaluation', 'NoValidation', 'evaluate_run', 'embed']
 
-# %% ../nbs/34_runs.ipynb #755514bc
+# %% ../nbs/34_runs.ipynb #856cb5bd
 import ast, inspect, json, math, os, platform, signal, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -18,18 +18,17 @@ from scipy.stats import t as student_t
 from torch import nn
 from fastprogress.fastprogress import progress_bar
 from fastcore.basics import store_attr
-from fastai.callback import schedule  # patches Learner
-from fastai.callback.core import Callback
-from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback import schedule  # noqa: F401  it patches Learner
+from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.progress import CSVLogger
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import parent_label
-from fastai.learner import Learner
 from fastai.torch_core import default_device, set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
-from . import visualize  # patches Learner
+from . import visualize  # noqa: F401  it patches Learner
 from .checkpoints import atomic_path, create_from_settings, encoder_settings, load_encoder, save_encoder
 from .data import UnlabeledImageBlock, _find_images, _fit_bs, _random_split, digits_dls, fashion_mnist_dls
 from .evaluate import (KNNMetric, _labels_of, _normalized, _subset, extract_features, few_label_idxs, few_label_learner,
@@ -354,15 +353,19 @@ class Evaluation(dict):
         m,ci = mean_ci(values)
         return f'{m:.1%}' if math.isnan(ci) else f'{100*m:.1f} ± {100*ci:.1f}%'
 
-# %% ../nbs/34_runs.ipynb #e3cdcd57
+# %% ../nbs/34_runs.ipynb #444c40eb
+class NoValidation(Callback):
+    "Only the end of a training is of interest"
+    def before_validate(self): raise CancelValidException
+
 def _fine_tuned(encoder, dls, stats, epochs, scratch, seed):
     "Accuracy on the validation set after training on the few labels of `dls`"
     set_seed(seed)
     learn = few_label_learner(encoder, dls, stats=stats, pretrained=not scratch)
     with learn.no_bar(), learn.no_logging():
-        if scratch: learn.fit_one_cycle(epochs, 5e-3)
-        else: learn.fine_tune(epochs-epochs//3, 1e-2, freeze_epochs=epochs//3)
-        return learn.final_record[-1]
+        if scratch: learn.fit_one_cycle(epochs, 5e-3, cbs=NoValidation())
+        else: learn.fine_tune(epochs-epochs//3, 1e-2, freeze_epochs=epochs//3, cbs=NoValidation())
+        return learn.validate()[1]
 
 def evaluate_run(
     run, # Folder of a run, or a file of `save_encoder`
@@ -390,7 +393,7 @@ def evaluate_run(
     images = ImageSource(source, here('valid_pct', valid_pct, .2), here('seed', None, 42), here('n_images', n_images, None) if source==args.get('source') else n_images, skip_bad)
     device = default_device() if device is None else torch.device(device)
     dls = images.dls(settings.get('size'), settings.get('args', {}).get('n_in'), bs, num_workers=num_workers, device=device)
-    if not len(dls.valid_ds): raise ValueError(f"valid_pct must be more than 0: there are no images to measure with")
+    if not len(dls.valid_ds): raise ValueError("valid_pct must be more than 0: there are no images to measure with")
     stats,y = settings.get('stats'),_labels_of(dls.train_ds)
     idxs = {(o,s): few_label_idxs(y, **kwargs, seed=s) for o,kwargs in columns.items() for s in range(seeds)}
     normed,accuracy,start = _normalized(dls, stats),{},time.time()

@@ -1,8 +1,7 @@
 "The commands: what they write, what they refuse and with which exit code, and that a stopped run goes on bit for bit"
-import json, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
-from fastcore import script
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -15,22 +14,12 @@ from helpers import small_encoder
 root = Path(__file__).resolve().parent.parent
 tiny = ['--set', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16', 'num_crops=2,1', 'bf16=False']
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    "Run a command as the console script does, in this process: exit code, stdout, stderr"
-    def run(name, *args):
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
-        try: code = script._run_cli(getattr(cli, name.replace('-', '_')).__wrapped__, False) or 0
-        except SystemExit as e: code = e.code
-        return code,*capsys.readouterr()
-    return run
-
 def start(name, *args, **kwargs):
     "The same as a process of its own, with the lines that pip writes into a console script"
     scripts = kwargs.pop('cwd')
     (scripts/name).write_text(f"import sys\nfrom self_supervised_swav.cli import {name.replace('-', '_')} as f\nif __name__=='__main__': sys.exit(f())\n")
     return subprocess.Popen([sys.executable, '-u', scripts/name, *map(str, args)], cwd=scripts, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**__import__('os').environ, 'PYTHONPATH': str(root)})
+                            env={**os.environ, 'PYTHONPATH': str(root)})
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -44,7 +33,7 @@ def photos(tmp_path_factory):
 def test_help():
     "With defaults and exit codes, and without waiting for torch"
     code = "import sys; from fastcore.script import anno_parser; from self_supervised_swav import cli; assert 'torch' not in sys.modules; print(anno_parser(cli.swav_pretrain.__wrapped__).format_help())"
-    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**__import__('os').environ, 'PYTHONPATH': str(root)})
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
     assert res.returncode==0, res.stderr
     for o in ('(default: 64)','--resume','Exit codes: 0 done; 2','(default: 42)'): assert o in res.stdout
 
