@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['is_told', 'exit_codes', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
 
-# %% ../nbs/35_cli.ipynb #96465ef9
-import signal, sys, warnings
+# %% ../nbs/35_cli.ipynb #7e5919ff
+import shlex, signal, sys, warnings
 from contextlib import contextmanager
 from typing import Annotated
 from fastcore.script import call_parse, is_cli
@@ -32,7 +32,7 @@ def exit_codes(name):
         print(f'{name}: {str(e) or "stopped"}' if stopped else f'{name}: error: {e}', file=sys.stderr)
         raise SystemExit(128+getattr(e, 'signum', signal.SIGINT) if stopped else 2) from None
 
-# %% ../nbs/35_cli.ipynb #d10abcc4
+# %% ../nbs/35_cli.ipynb #8d9973d2
 @call_parse
 def swav_pretrain(
     source:str, # Folder of images, or 'digits' or 'fashion-mnist'
@@ -60,7 +60,7 @@ def swav_pretrain(
         print(run, flush=True)
         try: run.fit()
         except KeyboardInterrupt as e:
-            e.args = (f'stopped; go on with: swav-pretrain {source} --out {run.out} --resume',)
+            if (run.out/'last.pth').exists(): e.args = (f"stopped; go on with: {shlex.join(['swav-pretrain', source, '--out', str(run.out), '--resume'])}",)
             raise
         print(f'\nWrote {run.out}: ' + ', '.join(sorted(o.name for o in run.out.iterdir() if o.is_file())))
 
@@ -86,7 +86,7 @@ def swav_evaluate(
         res = evaluate_run(run, source, labels, seeds, epochs, k, bs, valid_pct, n_images, skip_bad, num_workers, device)
         print(f"\n{res}\n\n{seeds} seeds: mean and 95 % confidence interval over them. {res['n_train']:,} labelled training images.")
 
-# %% ../nbs/35_cli.ipynb #53eaad7d
+# %% ../nbs/35_cli.ipynb #48c57d87
 @call_parse
 def swav_embed(
     run:str, # Folder of a run of swav-pretrain, or the file of its encoder
@@ -99,6 +99,6 @@ def swav_embed(
 ):
     "Write the features of all images in a folder, with the names of their files. Exit codes: 0 done; 2 cannot be done, for the reason on stderr; 130 stopped by Ctrl-C, 143 by SIGTERM."
     with exit_codes('swav-embed'):
-        from self_supervised_swav.runs import embed
-        n,d = embed(run, folder, Out, bs, skip_bad, num_workers, device)
+        from self_supervised_swav.runs import embed_images
+        n,d = embed_images(run, folder, Out, bs, skip_bad, num_workers, device)
         print(f'Wrote {n:,} features of width {d:,} to {Out}')

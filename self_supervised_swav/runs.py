@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ImageSource', 'parse_settings', 'EpochHistory', 'SaveEncoder', 'stop_on_signals', 'check_writable', 'PretrainRun',
-           'Pixels', 'find_encoder', 'mean_ci', 'Evaluation', 'NoValidation', 'evaluate_run', 'embed']
+           'Pixels', 'find_encoder', 'mean_ci', 'Evaluation', 'NoValidation', 'evaluate_run', 'embed_images']
 
 # %% ../nbs/34_runs.ipynb #856cb5bd
 import ast, inspect, json, math, os, platform, signal, sys, threading, time
@@ -426,8 +426,8 @@ def evaluate_run(
     _write_json(res | dict(secs=round(time.time()-start), versions=_versions()), path.parent/'evaluation.json')
     return res
 
-# %% ../nbs/34_runs.ipynb #9f306666
-def embed(
+# %% ../nbs/34_runs.ipynb #1add6598
+def embed_images(
     run, # Folder of a run, or a file of `save_encoder`
     folder, # Folder of images, searched recursively
     out='features.npy', # File to write: .npy, with the files' names in a .txt beside it, or .parquet
