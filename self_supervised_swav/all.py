@@ -8,6 +8,7 @@ from .encoders import *
 from .models import *
 from .queue import *
 from .augment import *
+from .checkpoints import *
 from .multiview import *
 from .swav import *
 from .optimizer import *
@@ -18,3 +19,5 @@ from .precision import *
 from .data import *
 from .learner import *
 from .evaluate import *
+from .visualize import *
+from .runs import *

@@ -169,7 +169,7 @@ def _dry_run(self:MultiView, crops):
         for m,mode in modes.items(): m.training = mode
     self.checked = True
 
-# %% ../nbs/20_multiview.ipynb #3070c289
+# %% ../nbs/20_multiview.ipynb #27b3b063
 @contextmanager
 def _own_randomness(seed, dl):
     "Random numbers from `seed` inside, the old states afterwards"
@@ -185,7 +185,8 @@ def _own_randomness(seed, dl):
 @patch
 def show(self:MultiView,
     n:int=1, # Images, a row each
-    figsize:tuple=None # Width and height in inches
+    figsize:tuple=None, # Width and height in inches
+    fig=None # Figure to draw in (default: a new one of pyplot's)
 )->list: # The axes, row by row
     "Draw the crops of `n` images, denormalised"
     if n<1: raise ValueError(f"n must be at least 1, got {n}")
@@ -198,7 +199,11 @@ def show(self:MultiView,
     views = [v.as_subclass(torch.Tensor).clamp(0,1) for v in views]
     views.sort(key=lambda v: -v.shape[-1])
     n,n_views = len(views[0]),len(views)
-    axes = get_grid(n*n_views, nrows=n, ncols=n_views, figsize=figsize or (1.2*n_views, 1.2*n+.3), layout='constrained')
+    figsize = figsize or (1.2*n_views, 1.2*n+.3)
+    if fig is None: axes = get_grid(n*n_views, nrows=n, ncols=n_views, figsize=figsize, layout='constrained')
+    else:
+        fig.set(size_inches=figsize, layout_engine='constrained')
+        axes = fig.subplots(n, n_views, squeeze=False).flatten().tolist()
     for i,ax in enumerate(axes):
         im = views[i%n_views][i//n_views]
         show_image(im, ax=ax, cmap='gray', vmin=0, vmax=1, title=f'{im.shape[-1]} px' if i<n_views else None)
