@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['swav_learner']
 
-# %% ../nbs/31_learner.ipynb #99ab1abf
+# %% ../nbs/31_learner.ipynb #2e5ef265
 import difflib, inspect, math, warnings
 from functools import partial
 import torch
 from torch import nn
 from fastcore.basics import listify
 from fastcore.meta import use_kwargs_dict
-from fastai.learner import Learner
+from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam
 from fastai.vision.core import imagenet_stats
 from .augment import get_batch_augs, get_swav_aug_pipelines
@@ -41,7 +41,7 @@ def _sort_settings(settings):
         groups[_group[n]][n] = v
     return groups
 
-# %% ../nbs/31_learner.ipynb #0d116129
+# %% ../nbs/31_learner.ipynb #87eeb2dd
 @torch.no_grad()
 def _look_at(encoder, size, n_in):
     "Does `encoder` take images of `size`? Its stride then, else None"
@@ -61,7 +61,9 @@ def _look_at(encoder, size, n_in):
 
 def _fit_crops(recipe, encoder, n_in, given):
     "Change sizes that `encoder` does not take into ones that it does, unless they are `given`; gives its stride"
-    sizes,patch = recipe['augs']['crop_sizes'],next((m.stride[0] for m in encoder.modules() if isinstance(m, nn.Conv2d)), 1)
+    sizes,conv = recipe['augs']['crop_sizes'],next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+    if conv is not None and conv.in_channels!=n_in: raise ValueError(f"images must have the encoder's {conv.in_channels} channels, got {n_in}")
+    patch = 1 if conv is None else conv.stride[0]
     fit = [s if given or _look_at(encoder, s, n_in) else max(1, round(s/patch))*patch for s in sizes]
     bad = [s for s in fit if not _look_at(encoder, s, n_in)]
     if bad: raise ValueError(f"crop_sizes must be sizes that the encoder takes, got {bad[0]}" + ('' if given else ' from the recipe: pass crop_sizes'))
@@ -80,18 +82,20 @@ def _check_settings(recipe, n_images, B, size, stride):
         warn(f"crop_sizes={tuple(crops)} has crops smaller than the encoder's stride of {stride} px, which it sees as one cell. Try {more}")
     if max(crops)>2*size: warn(f"crop_sizes={tuple(crops)} has crops of more than twice the {size} px of the images: they show no more, and cost more")
 
-# %% ../nbs/31_learner.ipynb #74bb23f8
+# %% ../nbs/31_learner.ipynb #265159fb
 def _create(arch, recipe, given):
     "The encoder, without what the recipe wants and the architecture does not have"
-    if isinstance(arch, nn.Module): return arch
-    args = recipe['encoder']
+    args,drop = recipe['encoder'],lambda n: (recipe['encoder'].pop(n), recipe.reasons.pop(f'encoder.{n}', None))
+    if isinstance(arch, nn.Module):
+        if given: raise ValueError(f"arguments of create_encoder need the name of an architecture, got {given} and a {type(arch).__name__}")
+        for n in list(args): drop(n)
+        return arch
     while True:
         try: return create_encoder(arch, **dict(pretrained=False)|args)
         except (TypeError,ValueError) as e:
-            name = next((n for n in ('zero_init_last','small_images') if n in args and n not in given and n in str(e)), None)
-            if name is None: raise
-            del args[name]
-            recipe.reasons.pop(f'encoder.{name}', None)
+            unknown = [n for n in ('zero_init_last','small_images') if n in args and n not in given and n in str(e)]
+            if not unknown: raise
+            drop(unknown[0])
 
 @use_kwargs_dict(keep=True, **dict.fromkeys(_group))
 def swav_learner(
@@ -115,13 +119,15 @@ def swav_learner(
     if not len(dls.train): raise ValueError(f"dls must have batches to train on, got none: bs={bs} and {n_images} training images")
     x = dls.train.one_batch()[0]
     n_in,size = x.shape[1],min(x.shape[-2:])
+    own_opt = recipe is None and 'opt_func' in learner
     if recipe is None: recipe = swav_recipe(n_images, bs, tuple(x.shape[-2:]), n_classes, n_proc, n_protos=given['model'].get('n_protos'))
-    else: learner['opt_func'] = partial(learner.get('opt_func', Adam), **recipe.get('opt', {}))
-    recipe = Recipe(recipe | {g: recipe.get(g, {}) for g in given}, getattr(recipe, 'reasons', {}))
+    elif n_classes is not None: raise ValueError(f"n_classes is for swav_recipe: give it or recipe, not both, got {n_classes}")
+    recipe = Recipe(recipe | {g: recipe.get(g, {}) for g in (*given,'opt','fit')}, getattr(recipe, 'reasons', {}))
     recipe.put('encoder', 'n_in', n_in, 'channels of a batch')
-    recipe.put('augs', 'stats', *((imagenet_stats, 'colour images') if n_in==3 else (None, f'{n_in} channels have no usual ones')))
-    recipe = recipe.override(**given)
-    if 'opt_func' not in learner: learner = dict(opt_func=partial(Adam, **recipe['opt']), lr=recipe['fit']['lr']) | learner
+    recipe.put('augs', 'stats', *((imagenet_stats, 'colour images') if n_in==3 else (None, f'no usual ones for {n_in} channels')))
+    if own_opt: recipe = Recipe(recipe | dict(opt={}, fit={k:v for k,v in recipe['fit'].items() if k!='lr'}), recipe.reasons)
+    recipe = recipe.override(**given, opt={k:v for k,v in learner.items() if k=='wd'}, fit={k:v for k,v in learner.items() if k=='lr'})
+    if not own_opt: learner = learner | dict(opt_func=partial(learner.get('opt_func', Adam), **recipe['opt']), lr=recipe['fit'].get('lr', defaults.lr))
     enc = _create(arch, recipe, given['encoder'])
     stride = _fit_crops(recipe, enc, n_in, 'crop_sizes' in given['augs'])
     _check_settings(recipe, n_images, bs*n_proc, size, stride)

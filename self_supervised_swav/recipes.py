@@ -94,7 +94,7 @@ class Recipe(dict):
 
 def _shown(v): return f'{v:.4g}' if isinstance(v, float) else repr(v)
 
-# %% ../nbs/04_recipes.ipynb #c6412b93
+# %% ../nbs/04_recipes.ipynb #67921146
 def _at_least(name, value, least):
     if not (isinstance(value, int) and not isinstance(value, bool) and value>=least):
         raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
@@ -126,7 +126,7 @@ def swav_recipe(
     r.put('dls', 'drop_last', True, 'Sinkhorn and batch norm want whole batches')
 
     # encoder
-    r.put('encoder', 'pretrained', False, 'nothing is learnt yet')
+    r.put('encoder', 'pretrained', False, 'random weights: what is learnt comes from these images')
     why = f'images of {size} px are {"under" if tiny else "not under"} 64 px'
     r.put('encoder', 'small_images', tiny, f'{why}: {"the stem of ImageNet would shrink them to a point" if tiny else "the stem of ImageNet fits"}')
     if tiny: r.put('encoder', 'zero_init_last', False, 'a small network learns sooner when its residual branches start alive')
