@@ -23,9 +23,9 @@ def photo_dls(n=2000, size=64, bs=64, seed=0, **kwargs):
 
 small = dict(layers=(1,1,1,1))
 datasets = dict( # its DataLoaders, the widths of the encoder, epochs
-    digits=(partial(digits_dls, size=16, valid_pct=.3), (16,32,64,128), 20),
-    fashion=(partial(fashion_mnist_dls, n_train=10_000, n_valid=5_000, bs=64), (32,64,128,256), 3),
-    photos=(photo_dls, (32,64,128,256), 10))
+    digits=(partial(digits_dls, size=16, valid_pct=.3), (16,32,64,128), 40),
+    fashion=(partial(fashion_mnist_dls, n_train=10_000, n_valid=5_000, bs=64), (32,64,128,256), 2),
+    photos=(photo_dls, (32,64,128,256), 5))
 
 class NoValidation(Callback):
     def before_validate(self): raise CancelValidException
