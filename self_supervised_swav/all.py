@@ -18,3 +18,4 @@ from .precision import *
 from .data import *
 from .learner import *
 from .evaluate import *
+from .visualize import *

@@ -70,7 +70,7 @@ class _Rows:
 
     def get(self): return torch.cat(self.parts) if self.out is None else self.out[:self.done]
 
-# %% ../nbs/32_evaluate.ipynb #9b9ec444
+# %% ../nbs/32_evaluate.ipynb #e2d0b408
 def extract_features(
     learn_or_encoder, # A Learner, whose model's encoder is used, or an encoder: images (B,C,H,W) to features (B,d)
     dl, # DataLoader of images, with or without targets; a fastai one is taken in the order of its data set, to the last image
@@ -88,7 +88,8 @@ def extract_features(
     encoder.eval()
     try:
         with torch.no_grad(), _without_augs(dl):
-            for i,b in enumerate(progress_bar(dl_ := _in_order(dl), leave=False, display=progress)):
+            dl_ = _in_order(dl)
+            for i,b in enumerate(progress_bar(dl_, leave=False) if progress else dl_):
                 x,*y = b if isinstance(b, (list,tuple)) else (b,)
                 x = x.to(device)
                 f = encoder((x if views is None else normalize_images(views, x)).as_subclass(torch.Tensor))
