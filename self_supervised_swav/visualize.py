@@ -216,7 +216,7 @@ def show_prototypes(self:Learner,
     if sample is None: sample = self.sample_images(max_images=max_images)
     return draw_prototypes(sample.images, _scores(model, sample.features), n, k, note=sample.note, **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #ab2cda7c
+# %% ../nbs/33_visualize.ipynb #b1f6ace8
 def _thin(ys, most=1500):
     "Steps and values, means over blocks where there are more than `most`; and the length of a block"
     ys = torch.as_tensor(ys, dtype=torch.float64)
@@ -249,21 +249,21 @@ def draw_training(
     "Loss, signs of collapse and learning rate over the steps of a training"
     panels = ['loss', *(['codes','use'] if history else []), *(['lr'] if lrs is not None and len(lrs) else [])]
     heights = [1.6 if o=='loss' else 1 for o in panels]
-    fig,axes = _new_axes(len(panels), 1, figsize or (6.4, .6+1.9*len(panels)), fig, sharex=True, height_ratios=heights)
+    fig,axes = _new_axes(len(panels), 1, figsize or (5.4, .6+1.7*len(panels)), fig, sharex=True, height_ratios=heights)
     ax = dict(zip(panels, axes))
     if smoothed: _line(ax['loss'], losses, 'training, smoothed', color='tab:blue')
     else:
         size = max(1, len(losses)//50)//2*2+1
         _line(ax['loss'], losses, 'training', color='tab:blue', lw=1, alpha=.4 if size>1 else 1)
-        if size>1: ax['loss'].plot(_running_mean(losses, size), color='tab:blue', label=f'mean of {size} steps')
+        if size>1: ax['loss'].plot(_running_mean(losses, size).tolist(), color='tab:blue', label=f'mean of {size} steps')
     if valid is not None: ax['loss'].plot(*valid, 'o', ms=4, color='tab:orange', label='validation')
     if n_protos:
         lnk = math.log(n_protos)
         ax['loss'].axhline(lnk, color='gray', ls='--', lw=1, label=f'ln {n_protos} = {lnk:.2f}: predicts nothing')
     ax['loss'].set_ylabel('loss (nats)')
     if history:
-        _line(ax['codes'], history['code_entropy'], 'of single codes (1: every image the same)', color='tab:red')
-        _line(ax['codes'], history['mean_code_entropy'], 'of their mean (1: all prototypes used)', color='tab:green')
+        _line(ax['codes'], history['code_entropy'], 'single codes (1: all alike)', color='tab:red')
+        _line(ax['codes'], history['mean_code_entropy'], 'mean code (1: all used)', color='tab:green')
         ax['codes'].set(ylabel='entropy / ln K', ylim=(-.03,1.08))
         _line(ax['use'], history['proto_usage'], 'prototypes used in the last epoch', color='tab:green')
         _line(ax['use'], history['feature_spread'], 'spread of the embeddings', color='tab:purple')
@@ -466,7 +466,7 @@ def show_neighbours(self:Learner,
     names,own_names = _names(sample, sample.labels),[None if o is None else _names(sample, [o])[0] for o in labels]
     return draw_neighbours(images, sample.images, sims, idxs, names and own_names, names, sample.note, **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #5be2fc60
+# %% ../nbs/33_visualize.ipynb #0a1d89ff
 def draw_codes(
     crops, # V crops (C,h,w) of an image
     codes, # (A,K) codes of the assigned crops
@@ -491,8 +491,8 @@ def draw_codes(
         if assigned: ax.bar([x-.2 for x in xs], codes[assign_ids.index(v),top].tolist(), .4, color='tab:blue')
         ax.bar([x+.2*assigned for x in xs], preds[v,top].tolist(), .4, color='tab:orange')
         loss = f', loss {-(codes[others]*logs[v]).sum(1).mean():.2f}' if others else ''
-        ax.text(.995, .93, f"{'has a code, and' if assigned else 'only'} predicts{loss}", transform=ax.transAxes, ha='right', va='top', fontsize=_small)
-        ax.set(xticks=xs, xticklabels=top.tolist() if v==V-1 else [], xlim=(-.6,n_top-.4), ylim=(0,1.25*most), yticks=[0, round(most, 2)])
+        ax.text(.995, .97, f"{'has a code, and' if assigned else 'only'} predicts{loss}", transform=ax.transAxes, ha='right', va='top', fontsize=_small)
+        ax.set(xticks=xs, xticklabels=top.tolist() if v==V-1 else [], xlim=(-.6,n_top-.4), ylim=(0,1.5*most), yticks=[0, round(most, 2)])
         ax.tick_params(labelsize=_small)
         ax.spines[['top','right']].set_visible(False)
     axes[-1].set_xlabel(f'prototype: the {n_top} that matter most for this image, of {K}')
@@ -542,7 +542,7 @@ def show_codes(self:Learner,
     crops,codes,preds,image = _codes_of(self, image, seed)
     return draw_codes(crops, codes, preds, self.swav.crop_assgn_ids, min(n_top, K), note=f'training image {image}', **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #1a9f4512
+# %% ../nbs/33_visualize.ipynb #858beb01
 _css = """
 :root{color-scheme:light dark;--ink:#1c1e21;--soft:#5b6168;--paper:#fff;--card:#f4f5f7;--line:#d9dce1;--mark:#0b57d0;--bad:#b3261e}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a5abb3;--paper:#15171a;--card:#1f2226;--line:#383d44;--mark:#8ab4f8;--bad:#f2b8b5}}
@@ -555,7 +555,7 @@ nav ul{padding:0;margin:.8rem 0;display:flex;flex-wrap:wrap;gap:.35rem 1.1rem;li
 figure{margin:.8rem 0} img{display:block;max-width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:6px} figcaption{margin-top:.4rem;max-width:46rem}
 .scroll{overflow-x:auto;margin:.6rem 0;border:1px solid var(--line);border-radius:6px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums} th,td{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid var(--line)} tr:last-child>*{border-bottom:0}
-thead th{background:var(--card)} tbody th{font-weight:500;width:38%} .numbers tbody th{width:auto} .numbers td,.numbers th{text-align:right;white-space:nowrap}
+thead th{background:var(--card)} tbody th{font-weight:500;width:38%} .numbers tbody th{width:auto} td:nth-child(3){min-width:13rem} .numbers td,.numbers th{text-align:right;white-space:nowrap;min-width:0}
 .alarm{border-left:4px solid var(--bad);background:var(--card);padding:.6rem .9rem;max-width:46rem}
 footer{margin-top:2.5rem;padding-bottom:2rem}
 @media print{nav{display:none} figure,table{break-inside:avoid}}
@@ -571,7 +571,7 @@ def _html_table(rows, name, head=None, numbers=False):
     body = ''.join(f'<tr><th scope="row">{_e(str(r[0]))}</th>'+''.join(f'<td>{_e(str(o))}</td>' for o in r[1:])+'</tr>' for r in rows)
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{_e(name)}"><table{" class=numbers" if numbers else ""}>{top}<tbody>{body}</tbody></table></div>'
 
-def _data_uri(fig, dpi=120, most=250_000):
+def _data_uri(fig, dpi=130, most=250_000):
     "A figure as PNG; as JPEG where photographs make that too large"
     f = io.BytesIO()
     fig.savefig(f, format='png', dpi=dpi, facecolor='white')
@@ -608,7 +608,7 @@ def _picture(draw, about, *values):
     alt,caption = (_e(o.format(*values)) for o in _about[about])
     return f'<figure><img src="{src}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
 
-# %% ../nbs/33_visualize.ipynb #780ce5ee
+# %% ../nbs/33_visualize.ipynb #c7526deb
 def _show(v):
     "A value for people"
     if isinstance(v, float): return f'{v:.4g}'
@@ -644,7 +644,9 @@ def _crop_settings(swav):
     for ids in seen.values():
         p = swav.aug_pipelines[ids[0]]
         gen = getattr(getattr(p.fs[0], 'aug', None), '_param_generator', None) if len(p.fs) else None
-        own = {k:v for k,v in vars(gen).items() if k[0]!='_' and k!='training'} if gen is not None else {}
+        own = {k:v for k,v in vars(gen).items() if k[0]!='_' and k not in ('training','device','dtype')} if gen is not None else {}
+        off = [k[:-2] for k,v in own.items() if k.endswith('_p') and not v]
+        own = {k:v for k,v in own.items() if k.endswith('_p') or k.split('_')[0] not in off}
         size = getattr(getattr(p.fs[0], 'aug', None), 'flags', {}).get('size') if own else None
         what = ', '.join(f'{k}={_tuple(v)}' for k,v in own.items()) if own else str(p)
         rows.append((f"crops {', '.join(map(str, ids))}", (f'{_tuple(size)} px: ' if size is not None else '')+what))
@@ -653,9 +655,10 @@ def _crop_settings(swav):
 def _tuple(v): return f"({', '.join(map(_show, v))})" if isinstance(v, (list,tuple)) else _show(v)
 
 def _opt_settings(learn):
-    dls,rows = learn.dls,[('optimizer', _show(learn.opt_func)), ('learning rate', _show(learn.lr)), ('weight decay', _show(learn.wd))]
-    if getattr(learn.recorder if hasattr(learn, 'recorder') else None, 'lrs', None): rows[1] = ('learning rate, largest', _show(max(learn.recorder.lrs)))
-    if getattr(learn, 'opt', None) is not None: rows += [(f'{k}, at the end', _show(v)) for k,v in learn.opt.hypers[-1].items() if isinstance(v, (int,float))]
+    dls,lrs = learn.dls,getattr(getattr(learn, 'recorder', None), 'lrs', None)
+    rows = [('optimizer', _show(learn.opt_func)), ('learning rate, largest', _show(max(lrs))) if lrs else ('learning rate', _show(learn.lr))]
+    hypers = learn.opt.hypers[-1] if getattr(learn, 'opt', None) is not None else {}
+    rows += [(f'{k}, at the end', _show(v)) for k,v in hypers.items() if isinstance(v, (int,float))]
     if getattr(learn, 'n_epoch', None): rows.append(('epochs', learn.n_epoch))
     return rows+[('batch size', _show(getattr(dls.train, 'bs', None))), ('device', _show(getattr(dls, 'device', None))),
                  ('callbacks', ', '.join(o.name for o in learn.cbs))]
@@ -712,7 +715,7 @@ def _summary(learn, sample, notes):
         rows.append(('nearest image has the same label', f'{(sample.labels[near]==sample.labels).float().mean():.1%}, by chance {chance:.1%}'))
     return rows+[(k,_show(v)) for k,v in (notes or {}).items()]
 
-# %% ../nbs/33_visualize.ipynb #6768865d
+# %% ../nbs/33_visualize.ipynb #cd16b949
 @contextmanager
 def _whole_file(path):
     "A text file beside `path` that takes its name in the end, or goes"
@@ -754,24 +757,24 @@ def swav_report(self:Learner,
         def of_sample(draw, *about): return _picture(draw, *about) if sample else _p(missing, 'soft')
         n,K = len(sample.features) if sample else 0,len(model.prototypes.weight)
         scores = _scores(model, sample.features) if sample else None
-        k,queries = min(6, n-1),torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:5].tolist()
+        k,queries = min(5, n-1),torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:5].tolist()
         names = _names(sample, sample.labels) if sample else None
         def neighbours(fig):
             sims,idxs = nearest_images(sample.features[queries], sample.features, k, queries)
             return draw_neighbours(sample.images[queries], sample.images, sims, idxs, names and [names[i] for i in queries], names, sample.note, fig=fig)
         def embedding(fig):
             xy,axis_names = project_features(sample.features, method, seed)
-            return draw_embedding(xy, sample.labels, sample.vocab, axis_names, sample.note, figsize=(5.8,4.6), fig=fig)
+            return draw_embedding(xy, sample.labels, sample.vocab, axis_names, sample.note, figsize=(5.4,4.4), fig=fig)
         note,n_shown = sample.note if sample else '',min(n_protos, K)
-        prototypes = partial(draw_prototypes, sample and sample.images, scores, n_shown, min(6, n), note)
+        prototypes = partial(draw_prototypes, sample and sample.images, scores, n_shown, min(5, n), note)
         settings = {'SWAV': _swav_settings(self), 'Model': _model_settings(model), 'Crops': _crop_settings(swav), 'Optimizer and data': _opt_settings(self)}
         sections = {
             'Summary': _html_table(_summary(self, sample, notes), 'Summary'),
             'Alarms': _alarms(self),
-            'Training': _picture(partial(self.plot_training, figsize=(5.8,7.2)), 'Training', f'ln {K}'),
+            'Training': _picture(self.plot_training, 'Training', f'ln {K}'),
             'Epochs': _epochs_table(self),
             'Crops': _picture(partial(self._crops_figure, 4), 'Crops'),
-            'Codes': _picture(partial(self.show_codes, seed=seed, figsize=(5.8,.8*swav.n_views+1.1)), 'Codes'),
+            'Codes': _picture(partial(self.show_codes, seed=seed, figsize=(5.2,.8*swav.n_views+1.1)), 'Codes'),
             'Prototypes': of_sample(prototypes, 'Prototypes', n_shown),
             'Map': of_sample(embedding, 'Map' if names else 'Map without labels', note),
             'Neighbours': of_sample(neighbours, 'Neighbours'),
