@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 SETUP  := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench bench-quick check lab readme clean
+.PHONY: help demo test test-slow bench bench-quick bench-quality check lab readme clean
 
 help:                                 ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +24,9 @@ $(VENV)/.installed-dev: $(SETUP) | $(BIN)/python
 	touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed              ## pretrain a small ResNet on handwritten digits and measure it
-	$(BIN)/python tools/demo.py
+	rm -rf runs/demo
+	$(BIN)/swav-pretrain digits --out runs/demo --epochs 40 --valid-pct 0.3
+	$(BIN)/swav-evaluate runs/demo digits --labels 10
 
 test: $(VENV)/.installed-dev          ## everything that must hold before a change lands
 	$(BIN)/python tools/test.py
@@ -37,6 +39,9 @@ bench: $(VENV)/.installed-dev         ## this package beside its peers, kept in 
 
 bench-quick: $(VENV)/.installed-dev   ## the same in under three minutes, only printed
 	$(BIN)/python -W ignore benchmarks/run.py --quick
+
+bench-quality: $(VENV)/.installed-dev  ## what the features are worth on Fashion-MNIST, beside lightly's: about an hour, in pieces
+	$(BIN)/python -W ignore benchmarks/quality.py --write
 
 check: $(VENV)/.installed-dev         ## are the package and README what the notebooks give?
 	$(BIN)/python tools/drift.py

@@ -8,6 +8,7 @@ from .encoders import *
 from .models import *
 from .queue import *
 from .augment import *
+from .checkpoints import *
 from .multiview import *
 from .swav import *
 from .optimizer import *
@@ -19,3 +20,4 @@ from .data import *
 from .learner import *
 from .evaluate import *
 from .visualize import *
+from .runs import *

@@ -60,7 +60,7 @@ def _small_patches(patch_embed):
     patch = max(1, round(patch_embed.patch_size[0]/4))
     return dict(patch_size=patch, img_size=tuple(n*patch for n in patch_embed.grid_size))
 
-# %% ../nbs/09_encoders.ipynb #44aa9b9b
+# %% ../nbs/09_encoders.ipynb #cddf4189
 def _no_weights(arch, e):
     return RuntimeError(f"no pretrained weights for {arch!r} ({e}): they need a connection to the internet "
                         "and the unchanged architecture; pretrained=False starts from random weights")
@@ -74,6 +74,11 @@ def _unknown(arch, names):
 def _check_n_in(n_in):
     if not isinstance(n_in, int) or n_in < 1: raise ValueError(f"n_in must be a positive whole number, got {n_in!r}")
 
+def _remember(encoder, library, arch, **args):
+    "Note how `encoder` was made, which a saved one needs"
+    encoder.settings = dict(library=library, arch=arch, args=args)
+    return encoder
+
 def create_timm_encoder(
     arch:str, # Name of a timm model, current or legacy
     n_in:int=3, # Channels of the images
@@ -85,12 +90,13 @@ def create_timm_encoder(
     "Encoder from the timm model named `arch`"
     _check_n_in(n_in)
     if not _is_timm(arch): _unknown(arch, timm.list_models())
-    kwargs = dict(in_chans=n_in, num_classes=0, global_pool=_pool_name(pool_type), **kwargs)
-    model = _timm_model(arch, pretrained, **kwargs)
-    if not small_images: return model
-    patches = getattr(model, 'patch_embed', None)
-    if not isinstance(patches, PatchEmbed) or patches.strict_img_size: return _small_stem(model, arch)
-    return _timm_model(arch, pretrained, **{**_small_patches(patches), **kwargs})
+    args = dict(in_chans=n_in, num_classes=0, global_pool=_pool_name(pool_type), **kwargs)
+    model = _timm_model(arch, pretrained, **args)
+    if small_images:
+        patches = getattr(model, 'patch_embed', None)
+        if not isinstance(patches, PatchEmbed) or patches.strict_img_size: _small_stem(model, arch)
+        else: model = _timm_model(arch, pretrained, **{**_small_patches(patches), **args})
+    return _remember(model, 'timm', arch, n_in=n_in, pool_type=_pool_name(pool_type), small_images=small_images, **kwargs)
 
 def _timm_model(arch, pretrained, **kwargs):
     try:
@@ -106,7 +112,7 @@ def _timm_model(arch, pretrained, **kwargs):
         if not pretrained: raise
         raise _no_weights(arch, e) from e
 
-# %% ../nbs/09_encoders.ipynb #f331cedd
+# %% ../nbs/09_encoders.ipynb #be91541d
 def create_fastai_encoder(
     arch, # Function of an architecture of fastai or torchvision, or its name
     n_in:int=3, # Channels of the images
@@ -130,7 +136,8 @@ def create_fastai_encoder(
     try: body = create_body(model, n_in, pretrained, cut=_cut(model))
     except StopIteration:
         raise ValueError(f"arch={name!r} has no pooling to cut at; take timm's model of that family by name") from None
-    return nn.Sequential(body, SelectAdaptivePool2d(pool_type=pool_name, flatten=True))
+    encoder = nn.Sequential(body, SelectAdaptivePool2d(pool_type=pool_name, flatten=True))
+    return _remember(encoder, 'fastai', name, n_in=n_in, pool_type=pool_name, small_images=small_images, **kwargs)
 
 def _cut(model):
     "Where the head of a torchvision model begins; None leaves fastai its rule, the last child that pools"

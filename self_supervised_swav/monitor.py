@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EpochColumns', 'CollapseWarning', 'CollapseMonitor']
 
-# %% ../nbs/26_monitor.ipynb #b9abdb12
+# %% ../nbs/26_monitor.ipynb #b3864a2d
 import math, warnings
 from functools import partial
 import torch
@@ -14,17 +14,17 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Recorder, ValueMetric
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import rank_distrib, to_device
 from .stats import code_entropy, code_overlap, effective_rank, feature_spread, mean_code_entropy
 
-# %% ../nbs/26_monitor.ipynb #2cdbab2a
+# %% ../nbs/26_monitor.ipynb #957d1e16
 class EpochColumns(Callback):
     "Puts `epoch_values` into the columns `columns` of the Recorder's table"
     order,run_valid = Recorder.order-1,False  # its metrics must be there when the Recorder lists them
 
     def __init__(self, columns):
         self.epoch_values = dict.fromkeys(columns)
-        self.own_metrics = [ValueMetric(partial(self.epoch_values.get, n), n) for n in columns]
+        self.own_metrics = [ValueMetric(partial(self._value, n), n) for n in columns]
 
     def before_fit(self):
         self._remove_metrics()
@@ -32,15 +32,18 @@ class EpochColumns(Callback):
         if self.run: self.learn.metrics = self.learn.metrics + L(self.own_metrics)
 
     def after_fit(self): self._remove_metrics()
+    def _value(self, name): return self.epoch_values[name]
     def _remove_metrics(self): self.learn.metrics = L(o for o in self.learn.metrics if not any(o is m for m in self.own_metrics))
 
-# %% ../nbs/26_monitor.ipynb #6ca0e175
+# %% ../nbs/26_monitor.ipynb #9c88bcef
 class CollapseWarning(UserWarning): "A run that does not learn"
 
 _names = 'loss/lnK','code_entropy','mean_code_entropy','proto_usage','feature_spread','code_overlap'
 _columns = (*_names[:-1],'effective_rank')
+_tensors = 'pending','last_used','last_mean','embedding'
+_state = *_tensors,'history','alarms','queued','epoch_start','epoch_values','stopping','fresh'
 
-# %% ../nbs/26_monitor.ipynb #80ce75da
+# %% ../nbs/26_monitor.ipynb #003f3048
 class CollapseMonitor(EpochColumns):
     "Record in every step whether `SWAV` learns, and warn once when it does not"
     min_patience,min_nats,max_overlap = 20,0.05,1.25
@@ -79,6 +82,12 @@ class CollapseMonitor(EpochColumns):
     def after_fit(self):
         super().after_fit()
         self.embedding = self.last_used = self.last_mean = None  # nothing of a device is pickled with the Learner
+
+    # for ResumeTraining, which can stop a fit within an epoch
+    def state_dict(self): return {n: vars(self).get(n) for n in _state}
+    def load_state_dict(self, state):
+        device = self.swav.swav_model.prototypes.weight.device
+        vars(self).update({n: to_device(v, device) if n in _tensors and v is not None else v for n,v in state.items()})
 
     @property
     def n_steps(self): return len(self.queued)

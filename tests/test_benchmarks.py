@@ -1,11 +1,11 @@
 "The benchmarks' harness on tiny sizes: its figures mean what they say."
-import sys, time
+import json, sys, time
 from pathlib import Path
 import pytest, torch
 
 folder = Path(__file__).parent.parent/'benchmarks'
 sys.path.insert(0, str(folder))
-import harness, kernels, steps
+import collapse, harness, kernels, quality, steps
 import run as bench
 
 tiny = dict(arch='resnet18', bs=4, num_crops=(2,1), crop_sizes=(32,24))
@@ -57,3 +57,59 @@ def test_table_and_readme(tmp_path):
 def test_command_refuses_to_keep_part_of_a_run(capsys):
     for args in (['--quick','--write'], ['--only','loss','--write'], ['--only','nothing']):
         with pytest.raises(SystemExit): bench.main(args)
+
+@pytest.fixture(scope='module')
+def quick_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp('quality')
+    return out,quality.main(['--quick','--seeds','1','--out',str(out)])
+
+def test_quality_gives_a_table_of_all_arms(quick_run):
+    out,text = quick_run
+    rows = [o for o in text.splitlines() if o.startswith('|')]
+    assert [r.split('|')[1].strip().split(',')[0] for r in rows[2:]]==list(quality.arms) and len({r.count('|') for r in rows})==1
+    assert "seed 0: lightly's last 20-NN accuracy" in text
+    runs = [json.loads((out/'quick'/f'{a}-0.json').read_text()) for a in ('this-package','lightly')]
+    for r in runs: assert len(r['epochs'])==1 and 0<r['epochs'][0]['wall']<=r['wall']<r['piece_wall'] and r['epochs'][0]['knn']==r['knn']
+    same = ('epochs','bs','channels','data','seed')
+    assert [runs[0]['key'][k] for k in same]==[runs[1]['key'][k] for k in same]
+
+def test_quality_does_nothing_twice_and_again_what_has_changed(quick_run, monkeypatch):
+    out,text = quick_run
+    monkeypatch.setattr(quality, 'arms', dict.fromkeys(quality.arms))   # nothing can be pretrained any more
+    again = ['--quick','--seeds','1','--out',str(out)]
+    assert quality.main(again)==text and quality.main([*again,'--table'])==text
+    with pytest.raises(TypeError): quality.main([*again,'--epochs','2'])
+    assert quality.main([*again,'--epochs','2','--table']).count('\n')==1   # and what was done with other settings does not count
+
+def test_arms_have_the_same_encoder():
+    s = quality.quick
+    learn = quality.swav_learner(quality.get_dls(s, 0), 'resnet18', encoder=dict(layers=quality.arch['layers'], channels=s['channels']))
+    assert str(learn.model.encoder)==str(quality.new_encoder(s, 0))
+    assert sum(p.numel() for p in quality.new_encoder(quality.full, 0).parameters())<2e6
+
+def test_version_sees_what_code_does_and_not_what_it_says():
+    def f(): return 1
+    one = quality.version(f)
+    def f():
+        "Says more"
+        return 1  # and more
+    assert quality.version(f)==one
+    def f(): return 2
+    assert quality.version(f)!=one
+
+def test_quality_table_goes_between_its_markers(tmp_path):
+    readme = tmp_path/'README.md'
+    readme.write_text((folder/'README.md').read_text())
+    for o in ('one','two'): quality.write(readme, o)
+    text,before = readme.read_text(),(folder/'README.md').read_text()
+    assert 'two' in text.split(quality.begin)[1].split(quality.end)[0] and text.count(quality.begin)==text.count(quality.end)==1
+    assert text.split(quality.begin)[0]==before.split(quality.begin)[0] and text.split(quality.end)[1]==before.split(quality.end)[1]
+
+def test_collapse_tells_runs_that_learn_from_those_that_do_not():
+    r = dict(alarms=0, last=.8, untrained=.7, trained=.75)
+    assert not collapse.collapsed(r) and not collapse.collapsed(r|dict(untrained=float('nan'), trained=float('nan')))
+    for bad in (dict(alarms=1), dict(last=.96), dict(trained=.65)): assert collapse.collapsed(r|bad)
+
+def test_collapse_runs_a_data_set():
+    r, = collapse.main(['--seeds','1','--only','digits','--epochs','1'])
+    assert r['steps']==19 and .5<r['last']<1.2 and 0<r['trained']<1

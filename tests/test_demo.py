@@ -1,25 +1,33 @@
-"The demo runs from the command line, beats nothing in one epoch, and saves what it promises"
-import os, subprocess, sys
+"The demo's own commands, as they stand in the Makefile, run and save what they promise"
+import json, re
 from pathlib import Path
 import pytest
-from safetensors.torch import load_file
 
 root = Path(__file__).resolve().parent.parent
 
-def test_demo(tmp_path):
-    res = subprocess.run([sys.executable, 'tools/demo.py', '--epochs', '1', '--out', str(tmp_path)], cwd=root, capture_output=True, text=True,
-                         env={**os.environ, 'PYTHONPATH': str(root)})
-    assert res.returncode == 0, res.stderr
-    for row in ('raw pixels', 'untrained encoder', 'pretrained encoder'): assert f'| {row} | ' in res.stdout
-    assert all((tmp_path/nm).read_bytes().startswith(b'\x89PNG') for nm in ('crops.png', 'loss.png'))
-    assert load_file(tmp_path/'encoder.safetensors')['conv1.weight'].shape == (64, 1, 3, 3)
+def demo(command, out, *more):
+    "Run the Makefile's lines with `more` arguments for each of them; what they say"
+    lines = re.search(r'^demo:.*\n((?:\t.*\n)+)', (root/'Makefile').read_text(), re.M)[1].splitlines()
+    said = ''
+    for line,args in zip([l for l in lines if '$(BIN)/' in l], more, strict=True):
+        name,*given = line.strip().removeprefix('$(BIN)/').split()
+        code,out_text,err = command(name, *(str(out) if o=='runs/demo' else o for o in given), *args)
+        assert code==0, err
+        said += out_text
+    return said
+
+def test_demo(tmp_path, command):
+    said = demo(command, tmp_path/'demo', ['--epochs','1'], ['--epochs','3','--seeds','1'])
+    assert 'swav.eps' in said and '| accuracy on 539 held-out images | all labels | 10 labels a class |' in said
+    for row in ('neighbours, raw pixels','neighbours, untrained encoder','neighbours, pretrained encoder','trained from scratch'): assert f'| {row} | ' in said
+    assert {o.name for o in (tmp_path/'demo').iterdir()}>={'encoder.safetensors','report.html','evaluation.json','history.csv','settings.json'}
 
 @pytest.mark.slow
-def test_pretraining_pays(tmp_path):
+@pytest.mark.parametrize('seed', ['0','1'])
+def test_pretraining_pays(tmp_path, command, seed):
     "Minutes: the pretrained encoder beats the untrained one and the pixels, whatever the seed"
-    sys.path.insert(0, str(root/'tools'))
-    from demo import main
-    for seed in (0, 1):
-        rows = main(40, seed, tmp_path)
-        (pix, pix_few), (un, un_few), (pre, pre_few) = rows['raw pixels'], rows['untrained encoder'], rows['pretrained encoder']
-        assert pre > un+.02 and pre > pix-.01 and pre_few > un_few+.1 and pre_few > pix_few+.03
+    demo(command, tmp_path, ['--seed',seed], ['--epochs','0'])
+    mean = {m: {o: v['mean'] for o,v in row.items()} for m,row in json.loads((tmp_path/'evaluation.json').read_text())['summary'].items()}
+    pixels,untrained,pretrained = (mean[f'neighbours, {o}'] for o in ('raw pixels','untrained encoder','pretrained encoder'))
+    assert pretrained['all']>untrained['all']+.02 and pretrained['all']>pixels['all']-.01
+    assert pretrained['10']>untrained['10']+.1 and pretrained['10']>pixels['10']+.03

@@ -5,8 +5,10 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from torch import nn
 from helpers import small_augs, small_learner
+from self_supervised_swav.evaluate import KNNMetric
 from self_supervised_swav.models import create_swav_model
 from self_supervised_swav.monitor import CollapseMonitor, CollapseWarning, EpochColumns
+from self_supervised_swav.resume import ResumeTraining, TrainingStopped
 from self_supervised_swav.stats import code_entropy, effective_rank, feature_spread, mean_code_entropy
 from test_distributed import _learner, run_ranks
 
@@ -107,7 +109,6 @@ def test_columns_of_table_and_csv(tmp_path):
     assert len(learn.metrics)==0
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip('tensorboard')
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     learn = learner(n=100, cbs=[CollapseMonitor(), TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
@@ -146,6 +147,27 @@ def test_no_look_between_looks(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: looks.append(self.shape) or tolist(self))
     fit(learn, 1)
     assert [tuple(s) for s in looks if tuple(s)[:1]==(6,)]==[(6,7),(6,7),(6,6)]
+
+@pytest.mark.parametrize('at', [3, 7, 9, 12])
+def test_goes_on_where_the_fit_does(tmp_path, at):
+    "Stopped within an epoch of 5 steps or at its end, and resumed: the same record, the same columns"
+    def make(path):
+        learn = learner(n=100, labelled=True, cbs=[CollapseMonitor(every=2), KNNMetric(k=3), ResumeTraining(path, every=100)])
+        return learn
+    whole = make(tmp_path/'whole.pth')
+    whole.fit(3, 3e-3)
+    cut = make(tmp_path/'cut.pth')
+    one_batch = cut.one_batch
+    def asking(i, b):
+        if cut.training and cut.train_iter==at-1: cut.resume_training.stop()
+        one_batch(i, b)
+    cut.one_batch = asking
+    with pytest.raises(TrainingStopped): cut.fit(3, 3e-3)
+    assert len(cut.recorder.losses)==at
+    again = make(tmp_path/'cut.pth')
+    again.fit(3, 3e-3)
+    assert again.collapse_monitor.history==whole.collapse_monitor.history and len(whole.collapse_monitor.history['code_entropy'])==15
+    assert again.recorder.values==whole.recorder.values and None not in whole.recorder.values[-1]
 
 def test_refused():
     with pytest.raises(ValueError, match='every must be a positive whole number, got 0'): CollapseMonitor(every=0)

@@ -21,7 +21,7 @@ from helpers import digits, seed_all, small_augs, small_learner
 from test_distributed import run_ranks
 from self_supervised_swav import resume
 from self_supervised_swav.optimizer import lars
-from self_supervised_swav.resume import ResumeTraining, _read_last, _write
+from self_supervised_swav.resume import ResumeTraining, TrainingStopped, _read_last, _write
 
 
 class Noisy:
@@ -104,6 +104,31 @@ def test_fits(tmp_path, fit, every):
 def test_workers(tmp_path, every, cuts):
     "Also twice within one epoch, and where a worker had not delivered yet"
     assert_resumes(tmp_path, lambda l: l.fit_one_cycle(3), cuts, every=every, nw=2)
+
+def stop_in(learn, n):
+    "Ask it to stop during batch `n` (from 1) of training or validation"
+    one_batch = learn.one_batch
+    def asking(i, b):
+        nonlocal n
+        n -= 1
+        if n==0: learn.resume_training.stop()
+        one_batch(i, b)
+    learn.one_batch = asking
+
+@pytest.mark.parametrize('every,asked', [(5, [(3,3), (9,6), (24,None)]), (None, [(3,6), (9,12), (10,None)])])
+def test_stop(tmp_path, every, asked):
+    "Asked in training or in validation, it stops at the next place that it can go on from bit for bit, or else ends"
+    def fit(learn): learn.fit_one_cycle(3, 0.02)
+    whole = make(tmp_path/'whole.pth', every=every); fit(whole)
+    for seed,(n,n_done) in enumerate(asked):
+        learn = make(tmp_path/'cut.pth', seed=seed, every=every)
+        stop_in(learn, n)
+        if n_done is None: fit(learn)
+        else:
+            with pytest.raises(TrainingStopped, match='is written'): fit(learn)
+            assert len(learn.recorder.losses)==n_done
+    got,want = result(learn),result(whole)
+    assert not [k for k in want if got[k] != want[k]]
 
 def test_more_workers_than_batches_done(tmp_path): assert_resumes(tmp_path, lambda l: l.fit(1), [2, 1], every=1, nw=3)
 

@@ -1,0 +1,121 @@
+"What is saved comes back; what does not fit is named, counted, and changes nothing"
+import json, os, stat, warnings
+import pytest, torch
+from fastai.vision.core import imagenet_stats
+from fastai.vision.models.xresnet import xresnet18
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from helpers import small_augs, small_encoder, small_learner
+from self_supervised_swav.checkpoints import atomic_path, encoder_settings, load_encoder, load_weights, save_encoder
+from self_supervised_swav.encoders import create_encoder
+
+tiny = dict(layers=(1,1,1,1), channels=(8,8,16,16))
+def same(a, b): return all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+@pytest.mark.parametrize('arch,kwargs', [
+    ('resnet18', dict(n_in=1, small_images=True, pool_type='catavgmax', **tiny)), (xresnet18, dict(n_in=3)), ('vit_tiny_patch16_224', dict(small_images=True, depth=1)),
+    ('mobilenet_v3_small', dict(n_in=1))], ids=['timm','function','vit','torchvision'])
+def test_round_trip(tmp_path, arch, kwargs):
+    encoder = create_encoder(arch, pretrained=False, **kwargs)
+    path = save_encoder(encoder, tmp_path/'new'/'e.safetensors', size=32)
+    again,x = load_encoder(path),torch.randn(2, kwargs.get('n_in', 3), 32, 32)
+    assert same(again, encoder) and torch.equal(again(x), encoder.eval()(x)) and not again.training
+    assert encoder_settings(path)['args']['n_in']==x.shape[1] and again.settings['size']==32
+    assert stat.S_IMODE(os.stat(path).st_mode)==0o666 & ~_umask()
+    assert same(load_encoder(save_encoder(again, tmp_path/'e2.safetensors')), encoder)
+
+def _umask():
+    old = os.umask(0)
+    os.umask(old)
+    return old
+
+def test_learner(tmp_path):
+    "From a Learner: the encoder alone, with what its images were normalised with and the size of its crops"
+    learn = small_learner(n_in=3, augs=small_augs(crop_sizes=(24,10)))
+    for p in learn.swav.aug_pipelines: p.fs[0].aug.flags['stats'] = imagenet_stats
+    settings = encoder_settings(save_encoder(learn, tmp_path/'e.safetensors', note='x'))
+    assert settings['size']==24 and settings['note']=='x'
+    for got,want in zip(settings['stats'], imagenet_stats): assert got==pytest.approx(want, abs=1e-5)
+    assert same(load_encoder(tmp_path/'e.safetensors'), learn.model.encoder)
+    assert encoder_settings(save_encoder(small_learner(), tmp_path/'gray.safetensors'))['stats'] is None
+
+def test_odd_encoders(tmp_path):
+    "Channels last, tied weights, arguments that JSON does not have, no settings at all"
+    e = small_encoder().to(memory_format=torch.channels_last)
+    assert same(load_encoder(save_encoder(e, tmp_path/'a.safetensors')), e)
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    tied[1].weight = tied[0].weight
+    save_encoder(tied, tmp_path/'b.safetensors')
+    with pytest.raises(ValueError, match='must say what made the encoder'): load_encoder(tmp_path/'b.safetensors')
+    assert len(load_weights(tied, tmp_path/'b.safetensors').matched)==2
+    odd = create_encoder('resnet18', pretrained=False, n_in=1, act_layer=nn.GELU, **tiny)
+    save_encoder(odd, tmp_path/'c.safetensors')
+    with pytest.raises(ValueError, match='act_layer.*load_weights'): load_encoder(tmp_path/'c.safetensors')
+    with pytest.raises(TypeError, match='must be a Learner or a Module, got str'): save_encoder('resnet18', tmp_path/'d.safetensors')
+    assert not (tmp_path/'d.safetensors').exists()
+
+def test_compiled(tmp_path):
+    e = small_encoder()
+    assert same(load_encoder(save_encoder(torch.compile(e, backend='eager'), tmp_path/'a.safetensors')), e)
+
+@pytest.mark.parametrize('name,data,match', [
+    ('junk.safetensors', lambda b: b'junk'*100, 'is no safetensors file'), ('cut.safetensors', lambda b: b[:-10], 'is no safetensors file, or a part of one'),
+    ('head.safetensors', lambda b: b[:100], 'is no safetensors file, or a part of one'), ('junk.pth', lambda b: b'junk', 'neither safetensors nor weights')])
+def test_broken_files(tmp_path, name, data, match):
+    whole,e = save_encoder(small_encoder(), tmp_path/'whole.safetensors'),small_encoder()
+    (tmp_path/name).write_bytes(data(whole.read_bytes()))
+    before = {k: v.clone() for k,v in e.state_dict().items()}
+    for f in (load_encoder,) if name.endswith('safetensors') else ():
+        with pytest.raises(ValueError, match=match): f(tmp_path/name)
+    with pytest.raises(ValueError, match=match): load_weights(e, tmp_path/name)
+    assert all(torch.equal(v, before[k]) for k,v in e.state_dict().items())
+
+def test_missing_file(tmp_path):
+    for f in (load_encoder, lambda p: load_weights(small_encoder(), p)):
+        with pytest.raises(FileNotFoundError): f(tmp_path/'none.safetensors')
+    with pytest.raises(FileNotFoundError): load_weights(small_encoder(), tmp_path/'none.pth')
+
+def test_changed_file(tmp_path):
+    "A file whose tensors are not those of its settings"
+    path = save_encoder(small_encoder(), tmp_path/'e.safetensors')
+    state,text = load_file(path),json.dumps(encoder_settings(path))
+    save_file({k: v for k,v in state.items() if k!='conv1.weight'}, path, metadata=dict(encoder=text))
+    with pytest.raises(ValueError, match='77 of 78 tensors matched; missing: conv1.weight'): load_encoder(path)
+    save_file(state, path)
+    with pytest.raises(ValueError, match='says nothing of its encoder'): load_encoder(path)
+    assert len(load_weights(small_encoder(), path).matched)==78
+
+def test_prefixes(tmp_path):
+    "Whole models, data-parallel ones, files of Learner and of ResumeTraining: the longest common beginning goes"
+    learn = small_learner()
+    want = learn.model.encoder
+    states = [{f'module.{k}': v for k,v in want.state_dict().items()} | {'module.prototypes.weight': torch.zeros(3, 2)},
+              dict(state_dict={f'module.encoder.{k}': v for k,v in want.state_dict().items()}), dict(model=learn.model.state_dict(), opt={}), learn.model.state_dict()]
+    for i,o in enumerate(states):
+        torch.save(o, tmp_path/f'{i}.pth')
+        fresh = small_encoder()
+        assert not same(fresh, want) or i==0
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert len(load_weights(fresh, tmp_path/f'{i}.pth').matched)==78
+        assert same(fresh, want)
+    torch.save(dict(a=1), tmp_path/'x.pth')
+    with pytest.raises(ValueError, match='must hold tensors by name'): load_weights(fresh, tmp_path/'x.pth')
+
+def test_half_precision_file(tmp_path):
+    "Weights take the encoder's own type"
+    e = small_encoder()
+    save_encoder(small_encoder().half(), tmp_path/'h.safetensors')
+    load_weights(e, tmp_path/'h.safetensors')
+    assert e.conv1.weight.dtype==torch.float32
+
+def test_atomic(tmp_path, monkeypatch):
+    "A save that fails leaves the old file and nothing beside it"
+    path = save_encoder(small_encoder(), tmp_path/'e.safetensors')
+    old = path.read_bytes()
+    monkeypatch.setattr(os, 'replace', lambda *_: (_ for _ in ()).throw(OSError('disk full')))
+    with pytest.raises(OSError, match='disk full'): save_encoder(small_encoder(), path)
+    assert path.read_bytes()==old and [o.name for o in tmp_path.iterdir()]==['e.safetensors']
+    with pytest.raises(OSError):
+        with atomic_path(path/'below') as p: p.write_text('')

@@ -1,0 +1,83 @@
+"`swav_recipe` over the whole range of its arguments: what its rules promise, and what it refuses."
+import math
+import pytest
+from hypothesis import given, settings, strategies as st
+from self_supervised_swav.augment import get_swav_aug_pipelines
+from self_supervised_swav.recipes import Recipe, paper_recipe, swav_recipe
+from self_supervised_swav.swav import SWAV
+
+@st.composite
+def arguments(draw):
+    n = draw(st.integers(2, 3_000_000))
+    size = draw(st.one_of(st.integers(8, 1000), st.tuples(st.integers(8, 1000), st.integers(8, 1000))))
+    world_size = draw(st.integers(1, min(64, n//2)))
+    return dict(n_images=n, bs=draw(st.integers(2, max(2, min(8192, n//world_size)))), image_size=size,
+                n_classes=draw(st.one_of(st.none(), st.integers(1, 30_000))), world_size=world_size)
+
+@settings(max_examples=300, deadline=None)
+@given(arguments())
+def test_rules_hold_for_any_data(args):
+    r,n,B = swav_recipe(**args),args['n_images'],args['bs']*args['world_size']
+    K,protos,size = r['swav']['K'] or 0,r['model']['n_protos'],min(args['image_size']) if isinstance(args['image_size'], tuple) else args['image_size']
+    assert K%B==0 and 4*K<n and K<=15*B
+    assert (K>0)==(protos>2*B)                 # a queue only where the batch is small against the prototypes
+    assert 2<=protos<=2*(B+K)                  # never far beyond what shares them
+    if args['n_classes']: assert protos<=max(16, 10*args['n_classes'])
+    assert r['swav']['queue_start_pct']>=.2 and 0<r['swav']['freeze_protos_pct']<=.5
+    large,small = r['augs']['crop_sizes']
+    assert 0<small<large<=min(size, 224)
+    if size>=64: assert small>=32              # the stride of most networks
+    assert r['encoder']['small_images']==(size<64)
+    SWAV(get_swav_aug_pipelines(**r['augs']), **r['swav'])   # every setting is one that they accept
+    assert {f'{g}.{k}' for g,d in r.items() for k in d}==set(r.reasons) and all(r.reasons.values())
+
+def test_ten_prototypes_for_a_class():
+    assert [swav_recipe(50_000, 256, 32, n)['model']['n_protos'] for n in (1,10,40,1000)]==[16,100,400,3000]
+
+def test_more_images_more_prototypes_and_no_jump():
+    ns = [swav_recipe(n, 1024, 64)['model']['n_protos'] for n in (1024,4096,16_384,65_536,10**6,10**8)]
+    assert ns==sorted(ns) and ns[0]>=32 and ns[-1]<=3000
+
+def test_learning_rate_follows_the_root_of_all_images_of_a_step():
+    lr = lambda **kw: swav_recipe(10**6, image_size=224, **kw)['fit']['lr']
+    assert lr(bs=256)==pytest.approx(2*lr(bs=64), rel=.05)
+    assert lr(bs=64, world_size=4)==lr(bs=256)
+
+def test_processes_share_prototypes_and_queue():
+    one,four = swav_recipe(10**5, 256, 64, 100),swav_recipe(10**5, 64, 64, 100, world_size=4)
+    for g,k in (('model','n_protos'),('swav','K'),('fit','n_epoch')): assert one[g][k]==four[g][k]
+    assert four['dls']['bs']==64
+
+def test_given_prototypes_bring_their_queue():
+    assert swav_recipe(100_000, 64, 96)['swav']['K'] is None or swav_recipe(100_000, 64, 96)['model']['n_protos']>128
+    r = swav_recipe(100_000, 64, 96, n_protos=600)
+    assert r['model']['n_protos']==600 and r['swav']['K']==768 and r.reasons['model.n_protos']=='given'
+    assert 'batches' in r.reasons['swav.K'] and '600' in r.reasons['swav.K']
+
+def test_reasons_hold_the_runs_numbers():
+    r = swav_recipe(12_345, 48, 40, n_classes=7)
+    for k,words in {'dls.bs':('48','257'), 'model.n_protos':('7 classes',), 'encoder.small_images':('40 px',), 'swav.eps':('12,345',), 'augs.crop_sizes':('40 px',)}.items():
+        for w in words: assert w in r.reasons[k], (k, r.reasons[k])
+
+@pytest.mark.parametrize('changed,text', [
+    (dict(n_images=1), 'n_images must be a whole number, at least 2, got 1'), (dict(n_images=10.), 'n_images must be'),
+    (dict(bs=1), 'bs must be a whole number, at least 2, got 1'), (dict(bs=101), 'bs must be at most n_images/world_size = 100, got 101'),
+    (dict(bs=51, world_size=2), 'at most n_images/world_size = 50, got 51'), (dict(image_size=7), 'image_size must be'), (dict(image_size=(28,)), 'image_size must be'),
+    (dict(image_size='28'), "image_size must be .* got '28'"), (dict(n_classes=0), 'n_classes must be'), (dict(n_classes=True), 'n_classes must be'),
+    (dict(world_size=0), 'world_size must be'), (dict(n_protos=1), 'n_protos must be')])
+def test_refuses_by_name(changed, text):
+    with pytest.raises(ValueError, match=text): swav_recipe(**dict(n_images=100, bs=16, image_size=28)|changed)
+
+def test_table_shows_every_setting_with_its_reason():
+    r = Recipe().put('swav', 'eps', .02, 'few <images>').put('model', 'n_protos', 64, 'why not')
+    assert [o.split(maxsplit=2) for o in str(r).splitlines()]==[['swav.eps','0.02','few <images>'],['model.n_protos','64','why not']]
+    assert 'few &lt;images&gt;' in r._repr_html_() and r._repr_html_().count('<tr>')==3
+    assert r==dict(swav=dict(eps=.02), model=dict(n_protos=64))
+    assert str(Recipe())=='' and str(Recipe(paper_recipe(256))).count('\n')+1==sum(map(len, paper_recipe(256).values()))
+
+def test_override_leaves_the_original_alone():
+    r = swav_recipe(1000, 16, 28)
+    s = r.override(swav=dict(eps=.5), model=dict(nlayers=3))
+    assert r['swav']['eps']!=.5 and 'nlayers' not in r['model'] and r.reasons['swav.eps']!='given'
+    assert (s['swav']['eps'],s['model']['nlayers'],s.reasons['swav.eps'],s.reasons['model.nlayers'])==(.5, 3, 'given', 'given')
+    assert math.isclose(s['fit']['lr'], r['fit']['lr'])
