@@ -243,6 +243,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'self_supervised_swav/distributed.py'),
                                                   'self_supervised_swav.distributed.Learner.to_distributed': ( 'distributed.html#learner.to_distributed',
                                                                                                                'self_supervised_swav/distributed.py'),
+                                                  'self_supervised_swav.distributed._end_gloo': ( 'distributed.html#_end_gloo',
+                                                                                                  'self_supervised_swav/distributed.py'),
                                                   'self_supervised_swav.distributed._seed_ranks': ( 'distributed.html#_seed_ranks',
                                                                                                     'self_supervised_swav/distributed.py'),
                                                   'self_supervised_swav.distributed._set_rng': ( 'distributed.html#_set_rng',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DDPTrainer']
 
-# %% ../nbs/28_distributed.ipynb #11e2bec7
-import random, warnings
+# %% ../nbs/28_distributed.ipynb #a33a290e
+import atexit, random, sys, warnings
 import numpy as np, torch
 import torch.distributed as dist
 from torch import nn
@@ -70,7 +70,11 @@ class DDPTrainer(DistributedTrainer):
         if not rank_distrib() and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             warnings.warn("batch norm is not synchronised between CPU processes: each normalises by its own images (sync_bn=False says that you know)")
 
-# %% ../nbs/28_distributed.ipynb #16eb17c0
+# %% ../nbs/28_distributed.ipynb #c3887dbe
+def _end_gloo():
+    if dist.is_initialized() and 'cpu' in dist.get_backend_config() and getattr(sys, 'last_value', None) is None: dist.destroy_process_group()
+
+# %% ../nbs/28_distributed.ipynb #660425f3
 def _seed_ranks():
     "Different random numbers on every rank, the same in every run that was seeded alike"
     for seed,state in ((torch.manual_seed, torch.randint(1<<31, ()).item()), (random.seed, random.getrandbits(31)), (np.random.seed, np.random.randint(1<<31))):
@@ -84,6 +88,8 @@ def to_distributed(self:Learner,
 ):
     "Train in all processes that `torchrun` has started, see `DDPTrainer`"
     self.add_cb(DDPTrainer(sync_bn, **kwargs))
+    atexit.unregister(_end_gloo)  # once is enough
+    atexit.register(_end_gloo)
     if rank_distrib(): self.remove_cb(ProgressCallback)
     if num_distrib()>1: _seed_ranks()
     return self

@@ -8,25 +8,23 @@ __all__ = ['swapped_loss']
 # %% ../nbs/01_losses.ipynb #94eae3d9
 import torch
 
-# %% ../nbs/01_losses.ipynb #0bcb35b6
+# %% ../nbs/01_losses.ipynb #1274375e
 class _SwappedLoss(torch.autograd.Function):
     "Value and gradient in one pass over the scores"
     @staticmethod
-    def forward(ctx, scores, codes, assign_ids, temp, buffer):
-        grad = (_empty(scores) if buffer is None else buffer) if ctx.needs_input_grad[0] else None
-        loss = _loss_and_grad(scores, codes, assign_ids, temp, grad)
-        ctx.grad,ctx.version,ctx.assign_ids,ctx.temp = grad,getattr(grad, '_version', None),assign_ids,temp
+    def forward(ctx, scores, codes, *settings):
+        ctx.grad,ctx.settings = _empty(scores) if ctx.needs_input_grad[0] else None,settings
         ctx.save_for_backward(scores, codes)
-        return loss
+        return _loss_and_grad(scores, codes, *settings, ctx.grad)
 
     @staticmethod
     def backward(ctx, grad_output):
         scores,codes = ctx.saved_tensors
         grad,ctx.grad = ctx.grad,None
         with torch.no_grad():
-            if grad is None or grad._version!=ctx.version:  # a backward took it along, or another step wrote over it
+            if grad is None:  # an earlier backward took it along
                 grad = _empty(scores)
-                _loss_and_grad(scores, codes, ctx.assign_ids, ctx.temp, grad)
+                _loss_and_grad(scores, codes, *ctx.settings, grad)
             if grad.device.type!='cpu' or grad_output!=1: grad.mul_(grad_output)  # a look is cheap there
         return (_FirstOnly.apply(grad, scores) if torch.is_grad_enabled() else grad),None,None,None,None
 
@@ -40,31 +38,35 @@ class _FirstOnly(torch.autograd.Function):
     def backward(ctx, *_):
         raise RuntimeError("swapped_loss has no second derivative: its gradient is computed without a graph")
 
-def _loss_and_grad(scores, codes, assign_ids, temp, grad=None):
+_max_exponent = 40.  # its exponential, and a sum of millions of them, is far from float32's limits in both directions
+
+def _loss_and_grad(scores, codes, assign_ids, temp, bound, grad=None):
     "The loss; its gradient is written into `grad` where one is given"
     V,B,_ = scores.shape
     scale = 1/(len(assign_ids)*(V-1)*B)
     target,mass = codes.sum(0),codes.sum(2)
     weight = mass.sum(0).repeat(V, 1)
     for v,m in zip(assign_ids, mass): weight[v] -= m
-    top = scores.amax(2, keepdim=True).mul_(1/temp)
-    p = torch.add(-top, scores, alpha=1/temp, out=grad).exp_()
+    if bound is not None and bound/temp<=_max_exponent: top,p = 0.,torch.mul(scores, 1/temp, out=grad).exp_()
+    else:
+        top = scores.amax(2, keepdim=True).mul_(1/temp)
+        p = torch.add(-top, scores, alpha=1/temp, out=grad).exp_()
     norm = p.sum(2, keepdim=True)
     cross = torch.einsum('bk,vbk->vb', target, scores)
     for v,q in zip(assign_ids, codes): cross[v] -= torch.linalg.vecdot(q, scores[v])
     loss = (weight*(norm.log() + top)[...,0]).sub_(cross, alpha=1/temp).sum()
     if grad is not None:
         torch.addcmul(target.mul_(-scale/temp), p, weight[...,None].mul_(scale/temp)/norm, out=p)
-        for v,q in zip(assign_ids, codes): p[v] += q*(scale/temp)
+        for v,q in zip(assign_ids, codes): p[v].add_(q, alpha=scale/temp)
     return loss.mul_(scale)
 
-# %% ../nbs/01_losses.ipynb #fa107277
+# %% ../nbs/01_losses.ipynb #4d6ff3ac
 def swapped_loss(
     scores:torch.Tensor, # (V,B,K) scores of V crops of B images against K prototypes
     codes:torch.Tensor, # (A,B,K) codes of the A assigned crops; taken as constants
     assign_ids, # Which crops the codes are of: A different indices into 0..V-1
     temp:float=0.1, # Softmax temperature tau, positive
-    grad_buffer:torch.Tensor|None=None # Tensor like the float32 scores to write their gradient into; None: a new one
+    bound:float|None=None # Known bound on |scores|, 1 for unit norms; None: look
 )->torch.Tensor: # Mean cross entropy over pairs and images, a float32 scalar (float64 for float64 scores)
     "Cross entropy of every other crop's prediction against each code (Caron et al. 2020, Eq. 1-4)"
     assign_ids = tuple(assign_ids)
@@ -75,8 +77,6 @@ def swapped_loss(
     if codes.shape!=(len(assign_ids),*scores.shape[1:]):
         raise ValueError(f"codes must have the shape {(len(assign_ids),*scores.shape[1:])}, got {tuple(codes.shape)}")
     if not temp>0: raise ValueError(f"temp must be positive, got {temp}")
+    if bound is not None and not bound>0: raise ValueError(f"bound must be positive, got {bound}")
     if scores.dtype!=torch.float64: scores = scores.float()
-    b = grad_buffer
-    if b is not None and (b.shape!=scores.shape or b.dtype!=scores.dtype or not b.is_contiguous()):
-        raise ValueError(f"grad_buffer must be contiguous, {tuple(scores.shape)} of {scores.dtype}, got {tuple(b.shape)} of {b.dtype}")
-    return _SwappedLoss.apply(scores, codes.detach().to(scores.dtype), assign_ids, temp, b)
+    return _SwappedLoss.apply(scores, codes.detach().to(scores.dtype), assign_ids, temp, bound)

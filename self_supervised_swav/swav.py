@@ -15,7 +15,7 @@ from .models import SwAVModel
 from .multiview import MultiView
 from .sinkhorn import sinkhorn
 
-# %% ../nbs/21_swav.ipynb #9f71fc09
+# %% ../nbs/21_swav.ipynb #5a342681
 class SWAV(MultiView):
     "Swapped prediction of cluster assignments between crops of an image (SwAV)"
     def __init__(self,
@@ -67,8 +67,7 @@ class SWAV(MultiView):
         with torch.autocast(scores.device.type, enabled=False):
             self.codes = self.get_codes(scores.detach())
             self._collect(embedding.detach())
-            buffer = self._scratch('grad', scores, *scores.shape) if torch.is_grad_enabled() else None
-            return swapped_loss(scores, self.codes, self.crop_assgn_ids, self.temp, buffer)
+            return swapped_loss(scores, self.codes, self.crop_assgn_ids, self.temp, bound=1.)
 
     def before_step(self):
         if self._step<self._frozen_steps: self._weight.grad = None

@@ -194,7 +194,7 @@ def test_rank_that_dies_ends_the_others(how, tmp_path):
 
 # --- scripts, as users run them ----------------------------------------------------------------------------------------------
 script = '''
-import os, signal, sys
+import atexit, os, signal, sys
 sys.path.insert(0, {tests!r})
 from fastai.vision.all import *
 from fastai.callback.progress import CSVLogger
@@ -204,10 +204,14 @@ from self_supervised_swav.distributed import *
 
 model = create_swav_model(small_encoder(), hidden_size=16, projection_size=8, n_protos=20)
 learn = Learner(digits(200), model, path={path!r}, cbs=[SWAV(small_augs(), K=24, queue_start_pct=.2, print_augs=True), CSVLogger()])
+def count_threads():
+    names = [p.read_text().strip() for p in Path('/proc/self/task').glob('*/comm')]
+    (learn.path/f'threads{{rank_distrib()}}').write_text(str(sum('gloo' in o for o in names)))
 class Die(Callback):
     def after_step(self):
         if self.train_iter==3 and rank_distrib()==1: os.kill(os.getpid(), signal.SIGKILL)
 if 'die' in sys.argv: learn.add_cb(Die())
+if Path('/proc/self/task').exists(): atexit.register(count_threads)  # called after what the package registers
 with learn.distrib_ctx():
     crops = torch.rand(3)
     learn.fit(50 if 'die' in sys.argv else 2)
@@ -231,6 +235,7 @@ def test_torchrun(tmp_path):
     assert torch.equal(a['state'], b['state']) and a['losses']==b['losses'] and len(a['losses'])==10 and not torch.equal(a['crops'], b['crops'])
     assert res.stdout.count('train_loss')==1 and res.stdout.count('Pipeline')==3  # one header of the table, one print of each pipeline
     assert len((tmp_path/'history.csv').read_text().splitlines())==3 and (tmp_path/'models'/'a.pth').exists()
+    assert all(o.read_text()=='0' for o in tmp_path.glob('threads*'))  # a process that ends beside gloo's threads is aborted now and then
 
 def test_torchrun_ends_when_a_rank_dies(tmp_path):
     started = time.time()

@@ -16,12 +16,13 @@ def loss_and_grad(f, scores):
     loss.backward()
     return loss.detach(),s.grad
 
-@given(V=st.integers(2, 6), B=st.integers(1, 9), K=st.integers(1, 20), temp=st.floats(.01, 2), data=st.data())
+@given(V=st.integers(2, 6), B=st.integers(1, 9), K=st.integers(1, 20), temp=st.floats(.01, 2), bounded=st.booleans(), data=st.data())
 @settings(max_examples=100, deadline=None)
-def test_equals_pairs(V, B, K, temp, data):
+def test_equals_pairs(V, B, K, temp, bounded, data):
     ids = data.draw(st.lists(st.integers(0, V-1), min_size=1, max_size=V, unique=True))
     scores,codes = torch.randn(V, B, K, dtype=torch.double),torch.rand(len(ids), B, K, dtype=torch.double)  # rows need not sum to 1
-    for a,b in zip(loss_and_grad(lambda s: swapped_loss(s, codes, ids, temp), scores), loss_and_grad(lambda s: by_pairs(s, codes, ids, temp), scores)):
+    bound = scores.abs().max().item() if bounded else None
+    for a,b in zip(loss_and_grad(lambda s: swapped_loss(s, codes, ids, temp, bound), scores), loss_and_grad(lambda s: by_pairs(s, codes, ids, temp), scores)):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 @pytest.mark.parametrize('V,ids', [(2,[0,1]),(2,[1]),(3,[2]),(4,[3,0]),(3,[0,1,2])])
@@ -49,13 +50,19 @@ def test_retained_graph_and_second_derivative():
     first, = torch.autograd.grad(loss, s, retain_graph=True)
     again, = torch.autograd.grad(2*loss, s)
     torch.testing.assert_close(again, 2*first)
-    buffer = torch.empty_like(s)
-    losses = [swapped_loss(s*k, codes, (0,1), grad_buffer=buffer) for k in (1,3)]  # the second writes over the first's gradient
-    for k,l in zip((1,3), losses):
-        want, = torch.autograd.grad(by_pairs(s*k, codes, (0,1), .1), s)
-        for _ in range(2): torch.testing.assert_close(torch.autograd.grad(l, s, retain_graph=True)[0], want)
     g, = torch.autograd.grad(swapped_loss(s, codes, (0,1)), s, create_graph=True)
     with pytest.raises(RuntimeError, match='no second derivative'): g.sum().backward()
+
+@pytest.mark.parametrize('temp', [.02,.025,.1])  # e^50 is past the range in which the bound helps, e^40 is its end
+def test_bound_is_as_exact(temp):
+    "Scores at both ends of the bound, in float32, against float64"
+    scores,codes = torch.rand(4, 10, 300)*2-1,torch.rand(2, 10, 300).mul_(5).softmax(-1)
+    scores[0,0],scores[1,1] = -1.,1.
+    scores[2,2] = -1.
+    scores[2,2,0] = 1.
+    want = loss_and_grad(lambda s: by_pairs(s, codes.double(), (0,1), temp), scores.double())
+    for bound in (None,1.):
+        for a,b in zip(loss_and_grad(lambda s: swapped_loss(s, codes, (0,1), temp, bound), scores), want): torch.testing.assert_close(a.double(), b, atol=1e-7, rtol=2e-6)
 
 def test_float32_from_half_and_no_gradient_to_codes():
     scores,codes = torch.randn(3, 4, 5),torch.rand(2, 4, 5, requires_grad=True)
@@ -67,7 +74,7 @@ def test_float32_from_half_and_no_gradient_to_codes():
     assert swapped_loss(torch.full((2,1,3), 1e4), torch.rand(2,1,3), (0,1), temp=.01).isfinite()
 
 @pytest.mark.parametrize('kw,text', [(dict(temp=0), 'temp must be positive, got 0'), (dict(assign_ids=[0,0]), 'different'), (dict(assign_ids=[0,5]), 'indices'),
-                                     (dict(assign_ids=[]), 'indices'), (dict(grad_buffer=torch.ones(3,2,5)), 'grad_buffer must be'), (dict(assign_ids=[0]), 'codes must have the shape')])
+                                     (dict(assign_ids=[]), 'indices'), (dict(bound=0), 'bound must be positive, got 0'), (dict(assign_ids=[0]), 'codes must have the shape')])
 def test_errors(kw, text):
     kw = dict(scores=torch.zeros(3,2,4), codes=torch.ones(2,2,4), assign_ids=[0,1])|kw
     with pytest.raises(ValueError, match=text): swapped_loss(**kw)

@@ -109,7 +109,6 @@ def test_columns_of_table_and_csv(tmp_path):
     assert len(learn.metrics)==0
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip('tensorboard')
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     learn = learner(n=100, cbs=[CollapseMonitor(), TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
