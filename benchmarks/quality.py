@@ -151,11 +151,14 @@ arms = {'raw pixels': pixels, 'untrained encoder': untrained, 'this package': pr
 _ours = 'augment encoders learner losses models multiview optimizer precision queue recipes sinkhorn swav'.split()
 modules = {'raw pixels': ['data'], 'untrained encoder': ['data','encoders'], 'this package': ['data',*_ours], 'lightly': ['data','encoders']}
 
+# read when they are imported: a file that changes during a run is not what runs
+sources = {o: (Path(self_supervised_swav.__file__).parent/f'{o}.py').read_text() for o in {'evaluate', *sum(modules.values(), [])}}
+
 def version(*objects):
     "A hash of what functions and modules do: comments and docstrings do not count"
     h = hashlib.sha1()
     for o in objects:
-        tree = ast.parse((Path(self_supervised_swav.__file__).parent/f'{o}.py').read_text() if isinstance(o, str) else textwrap.dedent(inspect.getsource(o)))
+        tree = ast.parse(sources[o] if isinstance(o, str) else textwrap.dedent(inspect.getsource(o)))
         for node in ast.walk(tree):
             body = getattr(node, 'body', None)
             if isinstance(body, list): node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]

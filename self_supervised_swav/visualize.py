@@ -6,7 +6,7 @@
 __all__ = ['ImageSample', 'draw_prototypes', 'draw_training', 'project_features', 'draw_embedding', 'nearest_images',
            'draw_neighbours', 'draw_codes']
 
-# %% ../nbs/33_visualize.ipynb #7218e839
+# %% ../nbs/33_visualize.ipynb #1483abb7
 import base64, html, io, math, os, platform, sys, time
 from collections import namedtuple
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, torch, torch.nn.functional as F
 from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 from fastcore.basics import patch
 from fastcore.meta import delegates
@@ -69,7 +70,7 @@ class _Keeping:
             yield b
             if seen>=self.n: return
 
-# %% ../nbs/33_visualize.ipynb #a1cb5e4d
+# %% ../nbs/33_visualize.ipynb #81b78cbc
 def _named(labels):
     "Integers and their names"
     if isinstance(labels, torch.Tensor): return labels.cpu(),None
@@ -83,11 +84,13 @@ def _labels_for(labels, targets, dl, idxs, n_total, n):
     if labels is False: return None,None
     if labels is None or labels is True:
         if targets is None or targets.ndim!=1 or targets.is_floating_point():
-            if labels: raise ValueError(f"labels=True needs data with one class for each image, got {'none' if targets is None else f'targets of shape {tuple(targets.shape)} and type {targets.dtype}'}")
+            got = 'none' if targets is None else f'targets of shape {tuple(targets.shape)} and type {targets.dtype}'
+            if labels: raise ValueError(f"labels=True needs data with one class for each image, got {got}")
             return None,None
         vocab = getattr(dl, 'vocab', None) or getattr(getattr(dl, 'dataset', None), 'classes', None)
         return targets,[str(o) for o in vocab] if vocab else None
-    if n_total is not None and len(labels)!=n_total: raise ValueError(f"labels must have one for each of the {n_total} images of the data set, got {len(labels)}")
+    if n_total is not None and len(labels)!=n_total:
+        raise ValueError(f"labels must have one for each of the {n_total} images of the data set, got {len(labels)}")
     y,vocab = _named(labels)
     return (y[:n] if idxs is None else y[idxs]),vocab
 
@@ -169,11 +172,12 @@ def draw_prototypes(
     fig.suptitle('Images nearest to prototypes'+(f' ({note})' if note else '')+f'\n{used}', fontsize=_small+1)
     return axes
 
-# %% ../nbs/33_visualize.ipynb #7204b1d9
+# %% ../nbs/33_visualize.ipynb #da11bbae
 def _model_of(learn):
     "The model, if it has prototypes"
     model = get_model(learn.model)
-    if not isinstance(model, SwAVModel): raise ValueError(f"learn must have a model with prototypes, as create_swav_model gives, got {type(model).__name__}")
+    if not isinstance(model, SwAVModel):
+        raise ValueError(f"learn must have a model with prototypes, as create_swav_model gives, got {type(model).__name__}")
     return model
 
 def _swav_of(learn):
@@ -194,7 +198,8 @@ def _in_eval(model):
 def _scores(model, features):
     "(n,K) prototype scores of the encoder's features, on the CPU"
     device = model.prototypes.weight.device
-    with _in_eval(model): return torch.cat([model.prototypes(F.normalize(model.projector(o.to(device)).float(), dim=1)).cpu() for o in features.split(1024)])
+    with _in_eval(model):
+        return torch.cat([model.prototypes(F.normalize(model.projector(o.to(device)).float(), dim=1)).cpu() for o in features.split(1024)])
 
 @patch
 @delegates(draw_prototypes, but=['note'])
@@ -211,7 +216,7 @@ def show_prototypes(self:Learner,
     if sample is None: sample = self.sample_images(max_images=max_images)
     return draw_prototypes(sample.images, _scores(model, sample.features), n, k, note=sample.note, **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #b6bc1524
+# %% ../nbs/33_visualize.ipynb #b1f6ace8
 def _thin(ys, most=1500):
     "Steps and values, means over blocks where there are more than `most`; and the length of a block"
     ys = torch.as_tensor(ys, dtype=torch.float64)
@@ -243,21 +248,22 @@ def draw_training(
 )->list: # The axes, from the top
     "Loss, signs of collapse and learning rate over the steps of a training"
     panels = ['loss', *(['codes','use'] if history else []), *(['lr'] if lrs is not None and len(lrs) else [])]
-    fig,axes = _new_axes(len(panels), 1, figsize or (6.4, .6+1.9*len(panels)), fig, sharex=True, height_ratios=[1.6 if o=='loss' else 1 for o in panels])
+    heights = [1.6 if o=='loss' else 1 for o in panels]
+    fig,axes = _new_axes(len(panels), 1, figsize or (5.4, .6+1.7*len(panels)), fig, sharex=True, height_ratios=heights)
     ax = dict(zip(panels, axes))
     if smoothed: _line(ax['loss'], losses, 'training, smoothed', color='tab:blue')
     else:
         size = max(1, len(losses)//50)//2*2+1
         _line(ax['loss'], losses, 'training', color='tab:blue', lw=1, alpha=.4 if size>1 else 1)
-        if size>1: ax['loss'].plot(_running_mean(losses, size), color='tab:blue', label=f'mean of {size} steps')
+        if size>1: ax['loss'].plot(_running_mean(losses, size).tolist(), color='tab:blue', label=f'mean of {size} steps')
     if valid is not None: ax['loss'].plot(*valid, 'o', ms=4, color='tab:orange', label='validation')
     if n_protos:
         lnk = math.log(n_protos)
         ax['loss'].axhline(lnk, color='gray', ls='--', lw=1, label=f'ln {n_protos} = {lnk:.2f}: predicts nothing')
     ax['loss'].set_ylabel('loss (nats)')
     if history:
-        _line(ax['codes'], history['code_entropy'], 'of single codes (1: every image the same)', color='tab:red')
-        _line(ax['codes'], history['mean_code_entropy'], 'of their mean (1: all prototypes used)', color='tab:green')
+        _line(ax['codes'], history['code_entropy'], 'single codes (1: all alike)', color='tab:red')
+        _line(ax['codes'], history['mean_code_entropy'], 'mean code (1: all used)', color='tab:green')
         ax['codes'].set(ylabel='entropy / ln K', ylim=(-.03,1.08))
         _line(ax['use'], history['proto_usage'], 'prototypes used in the last epoch', color='tab:green')
         _line(ax['use'], history['feature_spread'], 'spread of the embeddings', color='tab:purple')
@@ -274,14 +280,16 @@ def draw_training(
     axes[-1].set_xlabel('step')
     return axes
 
-# %% ../nbs/33_visualize.ipynb #d036d42f
+# %% ../nbs/33_visualize.ipynb #a2f689be
 def _marks_of(learn, n_steps):
     "Steps of the last fit at which the prototypes begin to learn and the queue is used first"
     swav,monitor = learn.swav,getattr(learn, 'collapse_monitor', None)
     if not getattr(learn, 'n_epoch', None): return {}
     marks = {'prototypes begin to learn': swav._frozen_steps}
-    if swav.K and monitor is not None and getattr(monitor, 'queued', None): marks['queue is used'] = next((i for i,o in enumerate(monitor.queued) if o), n_steps)
-    elif swav.K: marks['queue is used'] = max(round(swav.queue_start_pct*swav._n_steps), math.ceil(swav.K/(learn.dls.train.bs or 1)))
+    if swav.K:
+        seen = getattr(monitor, 'queued', None)
+        marks['queue is used'] = (next((i for i,o in enumerate(seen) if o), n_steps) if seen else
+                                  max(round(swav.queue_start_pct*swav._n_steps), math.ceil(swav.K/(learn.dls.train.bs or 1))))
     return {k:v for k,v in marks.items() if 0<v<n_steps}
 
 def _curves_of(learn):
@@ -298,7 +306,8 @@ def _curves_of(learn):
         i = names.index('valid_loss')-1
         pairs = [(s-1,float(v[i])) for s,v in zip(recorder.iters, recorder.values) if len(v)>i and v[i] is not None and math.isfinite(v[i])]
         valid = tuple(zip(*pairs)) if pairs else None
-    return dict(losses=losses, smoothed=history is None, valid=valid, n_protos=n_protos, history=history, lrs=lrs, marks={} if swav is None else _marks_of(learn, len(losses)))
+    return dict(losses=losses, smoothed=history is None, valid=valid, n_protos=n_protos, history=history, lrs=lrs,
+                marks={} if swav is None else _marks_of(learn, len(losses)))
 
 @patch
 def plot_training(self:Learner,
@@ -308,7 +317,7 @@ def plot_training(self:Learner,
     "Plot loss, signs of collapse and learning rate of the last fit"
     return draw_training(**_curves_of(self), figsize=figsize, fig=fig)
 
-# %% ../nbs/33_visualize.ipynb #6a2492a0
+# %% ../nbs/33_visualize.ipynb #7ca8024c
 def project_features(
     features, # (n,d) features
     method:str='auto', # 'pca', 'umap', or 'auto': UMAP where it is installed
@@ -316,14 +325,17 @@ def project_features(
 )->tuple: # (n,2) coordinates and the names of the two axes
     "Features of unit length in two dimensions"
     if method not in ('auto','pca','umap'): raise ValueError(f"method must be 'auto', 'pca' or 'umap', got {method!r}")
-    if features.ndim!=2 or len(features)<2 or features.shape[1]<1: raise ValueError(f"features must be at least two rows, (n,d), got shape {tuple(features.shape)}")
+    if features.ndim!=2 or len(features)<2 or features.shape[1]<1:
+        raise ValueError(f"features must be at least two rows, (n,d), got shape {tuple(features.shape)}")
     _check_finite('features', features)
     x = F.normalize(features.detach().double().cpu(), dim=1)
     if method!='pca' and (method=='umap' or len(x)>15):
         try: from umap import UMAP
         except ImportError:
             if method=='umap': raise ImportError("method='umap' needs the package umap-learn: pip install umap-learn") from None
-        else: return torch.as_tensor(UMAP(metric='cosine', random_state=seed, n_jobs=1, n_neighbors=min(15, len(x)-1)).fit_transform(x.float().numpy())),('UMAP 1','UMAP 2')
+        else:
+            umap = UMAP(metric='cosine', random_state=seed, n_jobs=1, n_neighbors=min(15, len(x)-1))
+            return torch.as_tensor(umap.fit_transform(x.float().numpy())),('UMAP 1','UMAP 2')
     x = x-x.mean(0)
     var,vecs = torch.linalg.eigh(x.T@x if x.shape[1]<=len(x) else x@x.T)
     var,vecs = var.flip(0).clamp(min=0),vecs.flip(1)
@@ -333,7 +345,7 @@ def project_features(
     shares = (xy.square().sum(0)/var.sum().clamp(min=torch.finfo(var.dtype).tiny)).tolist()
     return (xy*torch.where(top==0, 1., top)).float(),tuple(f'principal component {i+1} ({o:.0%} of the variance)' for i,o in enumerate(shares))
 
-# %% ../nbs/33_visualize.ipynb #978c7044
+# %% ../nbs/33_visualize.ipynb #eadd1242
 def draw_embedding(
     xy, # (n,2) coordinates
     labels=None, # (n,) integers
@@ -349,14 +361,15 @@ def draw_embedding(
     if labels is None: ax.scatter(*xy.T.tolist(), s=size, lw=0, alpha=.6, color='tab:blue')
     else:
         classes = labels.unique().tolist()
-        colors = plt.get_cmap('tab10' if len(classes)<=10 else 'tab20' if len(classes)<=20 else 'turbo', None if len(classes)<=20 else len(classes))
+        n = len(classes)
+        colors = plt.get_cmap('tab10') if n<=10 else plt.get_cmap('tab20') if n<=20 else plt.get_cmap('turbo', n)
         order = torch.randperm(len(xy), generator=torch.Generator().manual_seed(0))  # no class hides the others
         rank = {c:i for i,c in enumerate(classes)}
         ax.scatter(*xy[order].T.tolist(), s=size, lw=0, alpha=.75, c=[colors(rank[c]) for c in labels[order].tolist()])
-        if len(classes)<=20:
+        if n<=20:
             for i,c in enumerate(classes): ax.scatter([], [], s=30, color=colors(i), label=str(vocab[c] if vocab else c))
             ax.legend(loc='center left', bbox_to_anchor=(1,.5), fontsize=_small, frameon=False)
-    colour = '' if labels is None else 'coloured by label' if len(classes)<=20 else f'coloured by label, {len(classes)} of them'
+    colour = '' if labels is None else 'coloured by label' if n<=20 else f'coloured by label, {n} of them'
     ax.set_title('\n'.join(filter(None, [f'Map of the features ({note})' if note else 'Map of the features', colour])), fontsize=_small+1)
     ax.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])  # coordinates have no unit
     return ax
@@ -376,7 +389,7 @@ def plot_embedding(self:Learner,
     xy,names = project_features(sample.features, method)
     return draw_embedding(xy, None if labels is False else sample.labels, sample.vocab, names, sample.note, **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #c80c6734
+# %% ../nbs/33_visualize.ipynb #be310439
 def nearest_images(
     queries, # (q,d) features
     features, # (n,d) features
@@ -415,12 +428,13 @@ def draw_neighbours(
         for i,(s,j) in enumerate(zip(sims[r].tolist(), idxs[r].tolist()), 1):
             name = names[j] if names is not None else None
             wrong = own is not None and name is not None and name!=own
-            _draw_image(_drawable(images[j][None])[0], axes[r*(k+1)+i], f'{s:.2f}' if name is None else f"{'≠ ' if wrong else ''}{name}, {s:.2f}", 'tab:red' if wrong else None)
+            title = f'{s:.2f}' if name is None else f"{'≠ ' if wrong else ''}{name}, {s:.2f}"
+            _draw_image(_drawable(images[j][None])[0], axes[r*(k+1)+i], title, 'tab:red' if wrong else None)
     what = 'cosine' if names is None else 'label, cosine'
     fig.suptitle(f'Nearest images, the nearest first ({what})'+(f'\namong {note}' if note else ''), fontsize=_small+1)
     return axes
 
-# %% ../nbs/33_visualize.ipynb #ed9eeaf8
+# %% ../nbs/33_visualize.ipynb #cfdfd04d
 def _names(sample, labels): return None if labels is None else [sample.vocab[int(o)] if sample.vocab else str(int(o)) for o in labels]
 
 def _query(learn, image, sample):
@@ -429,8 +443,11 @@ def _query(learn, image, sample):
         n = len(sample.features) if sample.idxs is None else sample.n_total
         if not 0<=image<n: raise ValueError(f"image must be an image or an index from 0 to {n-1}, got {image}")
         place = image if sample.idxs is None else sample.idxs.index(image) if image in sample.idxs else None
-        if place is not None: return sample.images[place],sample.features[place],sample.labels[place] if sample.labels is not None else None,place
-    q = learn.sample_images(dl=_in_part(learn.dls.train, [image]), labels=False) if isinstance(image, int) else learn.sample_images(dl=learn.dls.test_dl([image]), labels=False)
+        if place is not None:
+            return sample.images[place],sample.features[place],None if sample.labels is None else sample.labels[place],place
+        dl = _in_part(learn.dls.train, [image])
+    else: dl = learn.dls.test_dl([image])
+    q = learn.sample_images(dl=dl, labels=False)
     return q.images[0],q.features[0],None,-1
 
 @patch
@@ -446,10 +463,10 @@ def show_neighbours(self:Learner,
     if sample is None: sample = self.sample_images(max_images=max_images)
     images,features,labels,own = zip(*(_query(self, o, sample) for o in (image if isinstance(image, (list,tuple)) else [image])))
     sims,idxs = nearest_images(torch.stack(features), sample.features, k, own)
-    names = _names(sample, sample.labels)
-    return draw_neighbours(images, sample.images, sims, idxs, names and [None if o is None else _names(sample, [o])[0] for o in labels], names, sample.note, **kwargs)
+    names,own_names = _names(sample, sample.labels),[None if o is None else _names(sample, [o])[0] for o in labels]
+    return draw_neighbours(images, sample.images, sims, idxs, names and own_names, names, sample.note, **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #6611b7ad
+# %% ../nbs/33_visualize.ipynb #0a1d89ff
 def draw_codes(
     crops, # V crops (C,h,w) of an image
     codes, # (A,K) codes of the assigned crops
@@ -464,7 +481,8 @@ def draw_codes(
     V,K = preds.shape
     _check_count('n_top', n_top, K, 'prototypes')
     top = (codes.mean(0)+preds.mean(0)).topk(n_top).indices
-    logs,most = preds.clamp(min=torch.finfo(preds.dtype).tiny).log(),max(codes[:,top].max().item(), preds[:,top].max().item())
+    logs = preds.clamp(min=torch.finfo(preds.dtype).tiny).log()
+    most = max(codes[:,top].max().item(), preds[:,top].max().item())
     fig,axes = _new_axes(V, 2, figsize or (6.4, .95*V+1.1), fig, width_ratios=(1,4.5))
     xs = range(n_top)
     for v,(crop,im_ax,ax) in enumerate(zip(crops, axes[::2], axes[1::2])):
@@ -473,18 +491,19 @@ def draw_codes(
         if assigned: ax.bar([x-.2 for x in xs], codes[assign_ids.index(v),top].tolist(), .4, color='tab:blue')
         ax.bar([x+.2*assigned for x in xs], preds[v,top].tolist(), .4, color='tab:orange')
         loss = f', loss {-(codes[others]*logs[v]).sum(1).mean():.2f}' if others else ''
-        ax.text(.995, .93, f"{'has a code, and' if assigned else 'only'} predicts{loss}", transform=ax.transAxes, ha='right', va='top', fontsize=_small)
-        ax.set(xticks=xs, xticklabels=top.tolist() if v==V-1 else [], ylim=(0,1.25*most), yticks=[0, round(most, 2)])
+        ax.text(.995, .97, f"{'has a code, and' if assigned else 'only'} predicts{loss}", transform=ax.transAxes, ha='right', va='top', fontsize=_small)
+        ax.set(xticks=xs, xticklabels=top.tolist() if v==V-1 else [], xlim=(-.6,n_top-.4), ylim=(0,1.5*most), yticks=[0, round(most, 2)])
         ax.tick_params(labelsize=_small)
         ax.spines[['top','right']].set_visible(False)
     axes[-1].set_xlabel(f'prototype: the {n_top} that matter most for this image, of {K}')
-    bars = [plt.matplotlib.patches.Patch(color=c, label=l) for c,l in (('tab:blue','code: share that is assigned'),('tab:orange','prediction: probability'))]
+    bars = [Patch(color='tab:blue', label='code: share that is assigned'),Patch(color='tab:orange', label='prediction: probability')]
     fig.legend(handles=bars, loc='outside lower center', ncols=2, fontsize=_small, frameon=False)
-    fig.suptitle('Crops of one image, their codes and predictions'+(f'\n{note}' if note else '')+f'; ln {K} = {math.log(K):.2f} is the loss of predicting nothing', fontsize=_small+1)
+    about = '; '.join(filter(None, [note, f'ln {K} = {math.log(K):.2f} is the loss of predicting nothing']))
+    fig.suptitle(f'Crops of one image, their codes and predictions\n{about}', fontsize=_small+1)
     return axes
 
-# %% ../nbs/33_visualize.ipynb #e29e775d
-def _batch_with(learn, image, seed):
+# %% ../nbs/33_visualize.ipynb #2e87539c
+def _batch_with(learn, image):
     "A training batch with image `image` first; which one it is"
     dl = learn.dls.train
     if not isinstance(dl, DataLoader) or dl.n is None:
@@ -499,16 +518,16 @@ def _codes_of(learn, image, seed):
     "Crops of a batch; codes and predictions of its first image; which one it is"
     swav,model = _swav_of(learn),_model_of(learn)
     with _own_randomness(seed, learn.dls.train):
-        x,image = _batch_with(learn, image, seed)
+        x,image = _batch_with(learn, image)
         x = x.to(model.prototypes.weight.device)
         crops = swav.cut(x)
     with _in_eval(model):
         scores,queue = model(crops)[1].unflatten(0, (len(crops),-1)).float(),model.queue
         _check_finite('scores', scores.flatten(0,1))
-        rows = [torch.cat([scores[i], *([queue.features[a]@model.prototypes.weight.T] if queue.full else [])]) for a,i in enumerate(swav.crop_assgn_ids)]
+        rows = [torch.cat([scores[i], *([model.prototypes(queue.features[a])] if queue.full else [])]) for a,i in enumerate(swav.crop_assgn_ids)]
         codes = torch.stack([sinkhorn(o, eps=swav.eps, n_iters=swav.n_sinkh_iter, hard=swav.hard, bound=1.)[0] for o in rows])
-    views = [p.decode(TensorImage(c[:1].float()))[0] for p,c in zip(swav.aug_pipelines, crops)]
-    return [v.as_subclass(torch.Tensor).cpu() for v in views],codes.cpu(),(scores[:,0]/swav.temp).softmax(1).cpu(),image
+    views = [p.decode(TensorImage(c[:1].float()))[0].as_subclass(torch.Tensor).cpu() for p,c in zip(swav.aug_pipelines, crops)]
+    return views,codes.cpu(),(scores[:,0]/swav.temp).softmax(1).cpu(),image
 
 @patch
 @delegates(draw_codes, but=['note'])
@@ -523,7 +542,7 @@ def show_codes(self:Learner,
     crops,codes,preds,image = _codes_of(self, image, seed)
     return draw_codes(crops, codes, preds, self.swav.crop_assgn_ids, min(n_top, K), note=f'training image {image}', **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #caec5443
+# %% ../nbs/33_visualize.ipynb #858beb01
 _css = """
 :root{color-scheme:light dark;--ink:#1c1e21;--soft:#5b6168;--paper:#fff;--card:#f4f5f7;--line:#d9dce1;--mark:#0b57d0;--bad:#b3261e}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a5abb3;--paper:#15171a;--card:#1f2226;--line:#383d44;--mark:#8ab4f8;--bad:#f2b8b5}}
@@ -536,7 +555,7 @@ nav ul{padding:0;margin:.8rem 0;display:flex;flex-wrap:wrap;gap:.35rem 1.1rem;li
 figure{margin:.8rem 0} img{display:block;max-width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:6px} figcaption{margin-top:.4rem;max-width:46rem}
 .scroll{overflow-x:auto;margin:.6rem 0;border:1px solid var(--line);border-radius:6px}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums} th,td{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid var(--line)} tr:last-child>*{border-bottom:0}
-thead th{background:var(--card)} tbody th{font-weight:500;width:38%} .numbers tbody th{width:auto} .numbers td,.numbers th{text-align:right;white-space:nowrap}
+thead th{background:var(--card)} tbody th{font-weight:500;width:38%} .numbers tbody th{width:auto} td:nth-child(3){min-width:13rem} .numbers td,.numbers th{text-align:right;white-space:nowrap;min-width:0}
 .alarm{border-left:4px solid var(--bad);background:var(--card);padding:.6rem .9rem;max-width:46rem}
 footer{margin-top:2.5rem;padding-bottom:2rem}
 @media print{nav{display:none} figure,table{break-inside:avoid}}
@@ -552,7 +571,7 @@ def _html_table(rows, name, head=None, numbers=False):
     body = ''.join(f'<tr><th scope="row">{_e(str(r[0]))}</th>'+''.join(f'<td>{_e(str(o))}</td>' for o in r[1:])+'</tr>' for r in rows)
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{_e(name)}"><table{" class=numbers" if numbers else ""}>{top}<tbody>{body}</tbody></table></div>'
 
-def _data_uri(fig, dpi=120, most=250_000):
+def _data_uri(fig, dpi=130, most=250_000):
     "A figure as PNG; as JPEG where photographs make that too large"
     f = io.BytesIO()
     fig.savefig(f, format='png', dpi=dpi, facecolor='white')
@@ -564,7 +583,21 @@ def _data_uri(fig, dpi=120, most=250_000):
 
 _look = dict(zip(('font.size','axes.titlesize','axes.labelsize','xtick.labelsize','ytick.labelsize'), (9,10,9,8,8)))
 
-def _picture(draw, alt, caption):
+_about = {  # what a picture shows, for those who cannot see it; and how to read it
+    'Training': ('Curves of the training over its steps: loss, entropy of the codes, prototypes in use, learning rate',
+        'A run that learns comes down from {}. Single codes get sharp (their entropy falls) while all prototypes stay in use (the entropy of the mean stays near 1).'),
+    'Crops': ('Crops of four training images, a row each, the large ones first',
+        'What the model sees: a row for each image. Is what you want to tell apart still to be seen in the small crops?'),
+    'Codes': ('Crops of one image beside bars for codes and predictions over the prototypes that matter most for it',
+        'Every crop is asked to predict the codes of the other large crops: orange bars ought to look like the blue ones of other rows. Without learning, all bars are even.'),
+    'Prototypes': ('Rows of images nearest to {} prototypes, the most used and the least used',
+        'A row is a group that the model has found by itself. The same images in every row mean collapse; many prototypes at 0 % mean more of them than these images fill.'),
+    'Map': ('Scatter plot of the features of {} in two dimensions, coloured by label',
+        'A point is an image. Colours are labels, which the training has not seen: the more they part, the less a classifier has to do.'),
+    'Map without labels': ('Scatter plot of the features of {} in two dimensions', 'A point is an image. There are no labels to colour it by.'),
+    'Neighbours': ('Images at the left, each with the images nearest to it', 'What counts as alike for this encoder, by the cosine of features.')}
+
+def _picture(draw, about, *values):
     "What `draw(fig)` draws, or why it cannot"
     fig = Figure()  # not pyplot's: it is in no list of open figures, and needs no window
     try:
@@ -572,9 +605,10 @@ def _picture(draw, alt, caption):
             draw(fig=fig)
             src = _data_uri(fig)
     except Exception as e: return _p(f'Not drawn: {e or type(e).__name__}', 'soft')  # whatever one picture lacks, the rest of the page is worth having
-    return f'<figure><img src="{src}" alt="{_e(alt)}"><figcaption>{_e(caption)}</figcaption></figure>'
+    alt,caption = (_e(o.format(*values)) for o in _about[about])
+    return f'<figure><img src="{src}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
 
-# %% ../nbs/33_visualize.ipynb #77fe3634
+# %% ../nbs/33_visualize.ipynb #c7526deb
 def _show(v):
     "A value for people"
     if isinstance(v, float): return f'{v:.4g}'
@@ -600,7 +634,8 @@ def _swav_settings(learn):
 def _model_settings(model):
     K,d = model.prototypes.weight.shape
     return [('encoder', f'{_name_of(model.encoder)}, {_n_params(model.encoder)}'), ('input channels', _show(model.n_in)),
-            ('projector', f'{_n_params(model.projector)}, to {d} dimensions'), ('prototypes', f'{K:,}'), ('queue', f'{model.queue.length:,} embeddings of each assigned crop' if model.queue.length else 'none')]
+            ('projector', f'{_n_params(model.projector)}, to {d} dimensions'), ('prototypes', f'{K:,}'),
+            ('queue', f'{model.queue.length:,} embeddings of each assigned crop' if model.queue.length else 'none')]
 
 def _crop_settings(swav):
     "A row for each kind of pipeline"
@@ -609,7 +644,9 @@ def _crop_settings(swav):
     for ids in seen.values():
         p = swav.aug_pipelines[ids[0]]
         gen = getattr(getattr(p.fs[0], 'aug', None), '_param_generator', None) if len(p.fs) else None
-        own = {k:v for k,v in vars(gen).items() if k[0]!='_' and k!='training'} if gen is not None else {}
+        own = {k:v for k,v in vars(gen).items() if k[0]!='_' and k not in ('training','device','dtype')} if gen is not None else {}
+        off = [k[:-2] for k,v in own.items() if k.endswith('_p') and not v]
+        own = {k:v for k,v in own.items() if k.endswith('_p') or k.split('_')[0] not in off}
         size = getattr(getattr(p.fs[0], 'aug', None), 'flags', {}).get('size') if own else None
         what = ', '.join(f'{k}={_tuple(v)}' for k,v in own.items()) if own else str(p)
         rows.append((f"crops {', '.join(map(str, ids))}", (f'{_tuple(size)} px: ' if size is not None else '')+what))
@@ -618,14 +655,17 @@ def _crop_settings(swav):
 def _tuple(v): return f"({', '.join(map(_show, v))})" if isinstance(v, (list,tuple)) else _show(v)
 
 def _opt_settings(learn):
-    dls,rows = learn.dls,[('optimizer', _show(learn.opt_func)), ('learning rate', _show(learn.lr)), ('weight decay', _show(learn.wd))]
-    if getattr(learn.recorder if hasattr(learn, 'recorder') else None, 'lrs', None): rows[1] = ('learning rate, largest', _show(max(learn.recorder.lrs)))
-    if getattr(learn, 'opt', None) is not None: rows += [(f'{k}, at the end', _show(v)) for k,v in learn.opt.hypers[-1].items() if isinstance(v, (int,float))]
+    dls,lrs = learn.dls,getattr(getattr(learn, 'recorder', None), 'lrs', None)
+    rows = [('optimizer', _show(learn.opt_func)), ('learning rate, largest', _show(max(lrs))) if lrs else ('learning rate', _show(learn.lr))]
+    hypers = learn.opt.hypers[-1] if getattr(learn, 'opt', None) is not None else {}
+    rows += [(f'{k}, at the end', _show(v)) for k,v in hypers.items() if isinstance(v, (int,float))]
     if getattr(learn, 'n_epoch', None): rows.append(('epochs', learn.n_epoch))
-    return rows+[('batch size', _show(getattr(dls.train, 'bs', None))), ('device', _show(getattr(dls, 'device', None))), ('callbacks', ', '.join(o.name for o in learn.cbs))]
+    return rows+[('batch size', _show(getattr(dls.train, 'bs', None))), ('device', _show(getattr(dls, 'device', None))),
+                 ('callbacks', ', '.join(o.name for o in learn.cbs))]
 
 def _versions():
-    rows = [('Python', platform.python_version()), ('system', f'{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads'+(f', {torch.cuda.get_device_name()}' if torch.cuda.is_available() else ''))]
+    gpu = f', {torch.cuda.get_device_name()}' if torch.cuda.is_available() else ''
+    rows = [('Python', platform.python_version()), ('system', f'{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads{gpu}')]
     for o in ('self_supervised_swav','torch','torchvision','fastai','timm','kornia','matplotlib'):
         try: rows.append((o, getattr(sys.modules.get(o), '__version__', None) or version(o)))
         except PackageNotFoundError: rows.append((o, 'not installed'))
@@ -637,7 +677,7 @@ def _recipe_table(recipe):
     rows = [(f'{g}.{k}', _show(v), reasons.get(f'{g}.{k}', '')) for g,d in recipe.items() for k,v in d.items()]
     return _html_table(rows, 'Recipe', ('setting','value','why'))
 
-# %% ../nbs/33_visualize.ipynb #86bca7de
+# %% ../nbs/33_visualize.ipynb #d7c2989f
 def _epochs_table(learn, most=60):
     recorder = getattr(learn, 'recorder', None)
     values = list(getattr(recorder, 'values', []))
@@ -651,7 +691,7 @@ def _epochs_table(learn, most=60):
 
 def _alarms(learn):
     monitor = getattr(learn, 'collapse_monitor', None)
-    if monitor is None: return _p('No CollapseMonitor took part: with it among the callbacks, signs of collapse are recorded in every step, and told here in words.', 'soft')
+    if monitor is None: return _p('No CollapseMonitor took part: as a callback, it records signs of collapse in every step, and they are told here in words.', 'soft')
     if not len(monitor.history['loss/lnK']): return _p('CollapseMonitor has not seen a step.', 'soft')
     if not monitor.alarms: return _p(f"CollapseMonitor found nothing amiss in {len(monitor.history['loss/lnK']):,} steps.")
     return ''.join(f'<p class="alarm" role="note"><strong>Step {step}.</strong> {_e(text)}</p>' for step,text in monitor.alarms)
@@ -663,18 +703,19 @@ def _summary(learn, sample, notes):
     rows = [('written', time.strftime('%Y-%m-%d %H:%M')), ('encoder', _name_of(model.encoder)),
             ('images', ', '.join(f"{'unknown number' if n is None else f'{n:,}'} {o}" for n,o in zip(sizes, ('for training','for validation'))))]
     if sample is not None: rows.append(('images drawn and compared', sample.note))
-    values,recorder = getattr(getattr(learn, 'recorder', None), 'values', []),getattr(learn, 'recorder', None)
-    if values:
-        done,lnk = len(values),math.log(K)
-        rows.append(('epochs', f"{done}"+(f" of {learn.n_epoch}" if done<learn.n_epoch else '')+(f", the last in {recorder.log[-1]} (minutes:seconds)" if recorder.add_time and isinstance(recorder.log[-1], str) else '')))
-        if recorder.losses: rows.append(('training loss, smoothed', f'{float(recorder.losses[-1]):.3f}; ln {K} = {lnk:.3f} is that of predicting nothing'))
+    recorder = getattr(learn, 'recorder', None)
+    if getattr(recorder, 'values', None):
+        done,last = len(recorder.values),recorder.log[-1]
+        planned,took = f' of {learn.n_epoch}' if done<learn.n_epoch else '',f', the last in {last} (minutes:seconds)' if isinstance(last, str) else ''
+        rows.append(('epochs', f'{done}{planned}{took}'))
+        if recorder.losses: rows.append(('training loss, smoothed', f'{float(recorder.losses[-1]):.3f}; ln {K} = {math.log(K):.3f} is that of predicting nothing'))
     if sample is not None and sample.labels is not None and len(sample.labels)>1:
         near = nearest_images(sample.features, sample.features, 1, torch.arange(len(sample.features)))[1][:,0]
         chance = (sample.labels.bincount()/len(sample.labels)).square().sum()
         rows.append(('nearest image has the same label', f'{(sample.labels[near]==sample.labels).float().mean():.1%}, by chance {chance:.1%}'))
     return rows+[(k,_show(v)) for k,v in (notes or {}).items()]
 
-# %% ../nbs/33_visualize.ipynb #29ff3344
+# %% ../nbs/33_visualize.ipynb #cd16b949
 @contextmanager
 def _whole_file(path):
     "A text file beside `path` that takes its name in the end, or goes"
@@ -713,42 +754,39 @@ def swav_report(self:Learner,
         sample,missing = None,None
         try: sample = self.sample_images(dl=dl, max_images=max_images, labels=labels, seed=seed, progress=progress)
         except (FloatingPointError, RuntimeError) as e: missing = f'Not drawn: {e}'
-        def of_sample(draw, *args): return _p(missing, 'soft') if sample is None else _picture(draw, *args)
+        def of_sample(draw, *about): return _picture(draw, *about) if sample else _p(missing, 'soft')
         n,K = len(sample.features) if sample else 0,len(model.prototypes.weight)
         scores = _scores(model, sample.features) if sample else None
-        k,queries = min(6, n-1),torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:5].tolist()
+        k,queries = min(5, n-1),torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:5].tolist()
         names = _names(sample, sample.labels) if sample else None
         def neighbours(fig):
             sims,idxs = nearest_images(sample.features[queries], sample.features, k, queries)
             return draw_neighbours(sample.images[queries], sample.images, sims, idxs, names and [names[i] for i in queries], names, sample.note, fig=fig)
         def embedding(fig):
             xy,axis_names = project_features(sample.features, method, seed)
-            return draw_embedding(xy, sample.labels, sample.vocab, axis_names, sample.note, figsize=(5.8,4.6), fig=fig)
-        said = '' if not sample else sample.note
-        sections = [
-            ('Summary', _html_table(_summary(self, sample, notes), 'Summary')),
-            ('Alarms', _alarms(self)),
-            ('Training', _picture(partial(self.plot_training, figsize=(5.8,7.2)), 'Curves of the training over its steps: loss, entropy of the codes, prototypes in use, learning rate',
-                f'A run that learns comes down from ln {K}. Single codes get sharp (their entropy falls) while all prototypes stay in use (the entropy of the mean stays near 1).')),
-            ('Epochs', _epochs_table(self)),
-            ('Crops', _picture(partial(self._crops_figure, 4), 'Crops of four training images, a row each, the large ones first',
-                'What the model sees: a row for each image. Is what you want to tell apart still to be seen in the small crops?')),
-            ('Codes', _picture(partial(self.show_codes, seed=seed, figsize=(5.8,.8*swav.n_views+1.1)), 'Crops of one image beside bars for codes and predictions over the prototypes that matter most for it',
-                'Every crop is asked to predict the codes of the other large crops: orange bars ought to look like the blue ones of other rows. Without learning, all bars are even.')),
-            ('Prototypes', of_sample(partial(draw_prototypes, sample and sample.images, scores, min(n_protos, K), min(6, n), said), f'Rows of images nearest to {min(n_protos, K)} prototypes, the most used and the least used',
-                'A row is a group that the model has found by itself. The same images in every row mean collapse; many prototypes at 0 % mean more of them than these images fill.')),
-            ('Map', of_sample(embedding, f'Scatter plot of the features of {said} in two dimensions'+(', coloured by label' if sample and sample.labels is not None else ''),
-                'A point is an image. '+('Colours are labels, which the training has not seen: the more they part, the less a classifier has to do.' if sample and sample.labels is not None else 'There are no labels to colour it by.'))),
-            ('Neighbours', of_sample(neighbours, 'Images at the left, each with the images nearest to it', 'What counts as alike for this encoder, by the cosine of features.')),
-            ('Settings', ''.join(f'<h3>{h}</h3>'+_html_table(rows, h) for h,rows in (('SWAV',_swav_settings(self)), ('Model',_model_settings(model)), ('Crops, by the fused augmentation',_crop_settings(swav)), ('Optimizer and data',_opt_settings(self))))),
-            ('Recipe', _recipe_table(getattr(self, 'recipe', None))),
-            ('Versions', _html_table(_versions(), 'Versions'))]
+            return draw_embedding(xy, sample.labels, sample.vocab, axis_names, sample.note, figsize=(5.4,4.4), fig=fig)
+        note,n_shown = sample.note if sample else '',min(n_protos, K)
+        prototypes = partial(draw_prototypes, sample and sample.images, scores, n_shown, min(5, n), note)
+        settings = {'SWAV': _swav_settings(self), 'Model': _model_settings(model), 'Crops': _crop_settings(swav), 'Optimizer and data': _opt_settings(self)}
+        sections = {
+            'Summary': _html_table(_summary(self, sample, notes), 'Summary'),
+            'Alarms': _alarms(self),
+            'Training': _picture(self.plot_training, 'Training', f'ln {K}'),
+            'Epochs': _epochs_table(self),
+            'Crops': _picture(partial(self._crops_figure, 4), 'Crops'),
+            'Codes': _picture(partial(self.show_codes, seed=seed, figsize=(5.2,.8*swav.n_views+1.1)), 'Codes'),
+            'Prototypes': of_sample(prototypes, 'Prototypes', n_shown),
+            'Map': of_sample(embedding, 'Map' if names else 'Map without labels', note),
+            'Neighbours': of_sample(neighbours, 'Neighbours'),
+            'Settings': ''.join(f'<h3>{h}</h3>'+_html_table(rows, h) for h,rows in settings.items()),
+            'Recipe': _recipe_table(getattr(self, 'recipe', None)),
+            'Versions': _html_table(_versions(), 'Versions')}
         f.write(_page(title, sections, time.time()-start))
     return Path(path)
 
 def _page(title, sections, secs):
-    nav = ''.join(f'<li><a href="#{h.lower()}">{h}</a></li>' for h,_ in sections)
-    body = '\n'.join(f'<section id="{h.lower()}" aria-labelledby="h-{h.lower()}">\n<h2 id="h-{h.lower()}">{h}</h2>\n{s}\n</section>' for h,s in sections)
+    nav = ''.join(f'<li><a href="#{h.lower()}">{h}</a></li>' for h in sections)
+    body = '\n'.join(f'<section id="{h.lower()}" aria-labelledby="h-{h.lower()}">\n<h2 id="h-{h.lower()}">{h}</h2>\n{s}\n</section>' for h,s in sections.items())
     return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{_e(title)}</title>\n<style>{_css}</style>\n</head>\n'
             f'<body>\n<header>\n<h1>{_e(title)}</h1>\n<nav aria-label="Sections"><ul>{nav}</ul></nav>\n</header>\n<main>\n{body}\n</main>\n'
             f'<footer>Written by self_supervised_swav in {secs:.0f} s.</footer>\n</body>\n</html>\n')
