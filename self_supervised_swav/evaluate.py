@@ -88,7 +88,8 @@ def extract_features(
     encoder.eval()
     try:
         with torch.no_grad(), _without_augs(dl):
-            for i,b in enumerate(progress_bar(dl_ := _in_order(dl), leave=False, display=progress)):
+            dl_ = _in_order(dl)
+            for i,b in enumerate(progress_bar(dl_, leave=False) if progress else dl_):  # a bar that is not shown prints its first block
                 x,*y = b if isinstance(b, (list,tuple)) else (b,)
                 x = x.to(device)
                 f = encoder((x if views is None else normalize_images(views, x)).as_subclass(torch.Tensor))
