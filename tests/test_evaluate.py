@@ -270,3 +270,7 @@ def test_knn_metric_of_the_learners_own_labels():
 def test_knn_metric_refuses_before_training(dls, k, match):
     learn = small_learner(n=100, cbs=[KNNMetric(dls and digits(100, labelled=True), k=k)])
     with pytest.raises(ValueError, match=match): learn.fit(1)
+
+def test_without_progress_nothing_is_printed(capsys):
+    extract_features(nn.Flatten(), digits(20).train, progress=False)
+    assert capsys.readouterr()==('','')
