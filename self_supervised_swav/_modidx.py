@@ -599,6 +599,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'self_supervised_swav/recipes.py'),
                                               'self_supervised_swav.recipes.Recipe._repr_html_': ( 'recipes.html#recipe._repr_html_',
                                                                                                    'self_supervised_swav/recipes.py'),
+                                              'self_supervised_swav.recipes.Recipe.drop': ( 'recipes.html#recipe.drop',
+                                                                                            'self_supervised_swav/recipes.py'),
                                               'self_supervised_swav.recipes.Recipe.override': ( 'recipes.html#recipe.override',
                                                                                                 'self_supervised_swav/recipes.py'),
                                               'self_supervised_swav.recipes.Recipe.put': ( 'recipes.html#recipe.put',

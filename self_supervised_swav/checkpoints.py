@@ -59,7 +59,7 @@ def _crop_size(views):
     augs = [f.aug for v in views for f in v.fs if isinstance(f, BatchAugment)]
     return max((getattr(o, 'size', None) or o.flags['size'] for o in augs), default=None)
 
-# %% ../nbs/13_checkpoints.ipynb #3d53bbce
+# %% ../nbs/13_checkpoints.ipynb #58a787df
 def _is_json(o):
     try: return json.loads(json.dumps(o)) is not None or o is None
     except (TypeError, ValueError): return False
@@ -84,7 +84,7 @@ def save_encoder(
     text = json.dumps(_own_settings(encoder, views) | settings)
     # a compiled module's names have a prefix; clones, for safetensors takes no two tensors of the same memory
     state = {k.replace('_orig_mod.', ''): v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in encoder.state_dict().items()}
-    with atomic_path(path) as p: p.write_bytes(save(state, metadata=dict(format='pt', encoder=text)))
+    with atomic_path(path) as p: p.write_bytes(save(state, metadata=dict(encoder=text)))
     return Path(path)
 
 # %% ../nbs/13_checkpoints.ipynb #792d496b

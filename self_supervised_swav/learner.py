@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['swav_learner']
 
-# %% ../nbs/31_learner.ipynb #99ab1abf
+# %% ../nbs/31_learner.ipynb #2e5ef265
 import difflib, inspect, math, warnings
 from functools import partial
 import torch
 from torch import nn
 from fastcore.basics import listify
 from fastcore.meta import use_kwargs_dict
-from fastai.learner import Learner
+from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam
 from fastai.vision.core import imagenet_stats
 from .augment import get_batch_augs, get_swav_aug_pipelines
@@ -24,11 +24,16 @@ from .precision import is_fast
 from .recipes import Recipe, swav_recipe
 from .swav import SWAV
 
-# %% ../nbs/31_learner.ipynb #c7ce6b6b
-def _names(f, *but): return [n for n,p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD and n not in ('self',*but)]
+# %% ../nbs/31_learner.ipynb #3ce1c1be
+def _names(f, *but):
+    return [n for n,p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD and n not in ('self',*but)]
 
-_settings = dict(encoder=_names(create_encoder, 'arch'), model=_names(create_swav_model, 'encoder'), swav=_names(SWAV.__init__, 'aug_pipelines'),
-                 augs=_names(get_swav_aug_pipelines) + _names(get_batch_augs, 'size', 'resize_scale'), learner=_names(Learner.__init__, 'dls', 'model', 'cbs'))
+_settings = dict(
+    encoder=_names(create_encoder, 'arch'),
+    model=_names(create_swav_model, 'encoder'),
+    augs=_names(get_swav_aug_pipelines) + _names(get_batch_augs, 'size', 'resize_scale'),
+    swav=_names(SWAV.__init__, 'aug_pipelines'),
+    learner=_names(Learner.__init__, 'dls', 'model', 'cbs'))
 _group = {n:g for g,ns in _settings.items() for n in ns}
 
 def _sort_settings(settings):
@@ -37,11 +42,12 @@ def _sort_settings(settings):
     for n,v in settings.items():
         if n not in _group:
             close = difflib.get_close_matches(n, [*_group,'n_classes','bf16','cbs','recipe'], n=1)
-            raise TypeError(f"swav_learner has no setting {n!r}" + (f": did you mean {close[0]!r}?" if close else "; arguments of the architecture go into encoder=dict(...)"))
+            hint = f": did you mean {close[0]!r}?" if close else "; arguments of the architecture go into encoder=dict(...)"
+            raise TypeError(f"swav_learner has no setting {n!r}{hint}")
         groups[_group[n]][n] = v
     return groups
 
-# %% ../nbs/31_learner.ipynb #0d116129
+# %% ../nbs/31_learner.ipynb #473275e7
 @torch.no_grad()
 def _look_at(encoder, size, n_in):
     "Does `encoder` take images of `size`? Its stride then, else None"
@@ -52,7 +58,7 @@ def _look_at(encoder, size, n_in):
     hooks = [m.register_forward_hook(watch) for m in strided]
     like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
     encoder.eval()
-    try: encoder(like.new_zeros(2, n_in, size, size))
+    try: encoder(like.new_zeros(1, n_in, size, size))
     except Exception: return None  # every encoder rejects a size in its own way
     finally:
         for h in hooks: h.remove()
@@ -61,37 +67,50 @@ def _look_at(encoder, size, n_in):
 
 def _fit_crops(recipe, encoder, n_in, given):
     "Change sizes that `encoder` does not take into ones that it does, unless they are `given`; gives its stride"
-    sizes,patch = recipe['augs']['crop_sizes'],next((m.stride[0] for m in encoder.modules() if isinstance(m, nn.Conv2d)), 1)
-    fit = [s if given or _look_at(encoder, s, n_in) else max(1, round(s/patch))*patch for s in sizes]
-    bad = [s for s in fit if not _look_at(encoder, s, n_in)]
-    if bad: raise ValueError(f"crop_sizes must be sizes that the encoder takes, got {bad[0]}" + ('' if given else ' from the recipe: pass crop_sizes'))
-    if fit!=list(sizes): recipe.put('augs', 'crop_sizes', tuple(fit), f'the nearest to {tuple(sizes)} that the encoder takes')
-    return _look_at(encoder, max(fit), n_in)
+    sizes,conv = recipe['augs']['crop_sizes'],next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
+    if conv is not None and conv.in_channels!=n_in: raise ValueError(f"images must have the encoder's {conv.in_channels} channels, got {n_in}")
+    strides = [_look_at(encoder, s, n_in) for s in sizes]
+    if None in strides and not given:
+        patch = 1 if conv is None else conv.stride[0]
+        fit = tuple(s if stride else max(1, round(s/patch))*patch for s,stride in zip(sizes, strides))
+        recipe.put('augs', 'crop_sizes', fit, f'the nearest to {tuple(sizes)} that the encoder takes')
+        sizes,strides = fit,[_look_at(encoder, s, n_in) for s in fit]
+    if None in strides:
+        raise ValueError(f"crop_sizes must be sizes that the encoder takes, got {sizes[strides.index(None)]}" + ('' if given else ' from the recipe: pass crop_sizes'))
+    return max(strides)
 
-# %% ../nbs/31_learner.ipynb #497fe525
+# %% ../nbs/31_learner.ipynb #30547d41
 def _check_settings(recipe, n_images, B, size, stride):
     K,n_protos,crops = recipe['swav'].get('K') or 0,recipe['model']['n_protos'],recipe['augs']['crop_sizes']
     if K>=n_images: raise ValueError(f"K must be smaller than the training set of {n_images} images, got {K}")
-    def warn(text): warnings.warn(text, stacklevel=4)
-    if 4*K>n_images: warn(f"K={K} is more than a quarter of the {n_images} training images: the queue will hold other crops of the images it is compared with. Try K={n_images//4}")
-    if n_protos>4*(B+K): warn(f"n_protos={n_protos} is far more than the {B+K} rows of batch and queue that share them: the loss tends to stay at ln({n_protos}). Try n_protos={2*(B+K)}")
+    def warn(*text): warnings.warn(' '.join(text), stacklevel=4)
+    if 4*K>n_images:
+        warn(f"K={K} is more than a quarter of the {n_images} training images: the queue will hold other crops of the images",
+             f"that it is compared with. Try K={(n_images-1)//4//B*B or None}")
+    if n_protos>4*(B+K):
+        warn(f"n_protos={n_protos} is far more than the {B+K} rows of batch and queue that share them:",
+             f"the loss tends to stay at ln({n_protos}). Try n_protos={2*(B+K)}")
     if min(crops)<stride:
-        more = f"crops of {stride} px or more" if size>=stride else "small_images=True" if not recipe['encoder'].get('small_images') else f"images and crops of {stride} px or more"
-        warn(f"crop_sizes={tuple(crops)} has crops smaller than the encoder's stride of {stride} px, which it sees as one cell. Try {more}")
-    if max(crops)>2*size: warn(f"crop_sizes={tuple(crops)} has crops of more than twice the {size} px of the images: they show no more, and cost more")
+        small = not recipe['encoder'].get('small_images') and size<64
+        better = 'small_images=True' if small else f"{'crops' if size>=stride else 'images and crops'} of {stride} px or more"
+        warn(f"crop_sizes={tuple(crops)} has crops smaller than the encoder's stride of {stride} px: it sees them as one cell. Try {better}")
+    if max(crops)>2*size:
+        warn(f"crop_sizes={tuple(crops)} has crops of more than twice the {size} px of the images: they show no more, and cost more")
 
-# %% ../nbs/31_learner.ipynb #74bb23f8
+# %% ../nbs/31_learner.ipynb #afeb7d00
 def _create(arch, recipe, given):
     "The encoder, without what the recipe wants and the architecture does not have"
-    if isinstance(arch, nn.Module): return arch
     args = recipe['encoder']
+    if isinstance(arch, nn.Module):
+        if given: raise ValueError(f"arguments of create_encoder need the name of an architecture, got {given} and a {type(arch).__name__}")
+        for n in list(args): recipe.drop('encoder', n)
+        return arch
     while True:
         try: return create_encoder(arch, **dict(pretrained=False)|args)
         except (TypeError,ValueError) as e:
-            name = next((n for n in ('zero_init_last','small_images') if n in args and n not in given and n in str(e)), None)
-            if name is None: raise
-            del args[name]
-            recipe.reasons.pop(f'encoder.{name}', None)
+            unknown = [n for n in ('zero_init_last','small_images') if n in args and n not in given and n in str(e)]
+            if not unknown: raise
+            recipe.drop('encoder', unknown[0])
 
 @use_kwargs_dict(keep=True, **dict.fromkeys(_group))
 def swav_learner(
@@ -115,13 +134,17 @@ def swav_learner(
     if not len(dls.train): raise ValueError(f"dls must have batches to train on, got none: bs={bs} and {n_images} training images")
     x = dls.train.one_batch()[0]
     n_in,size = x.shape[1],min(x.shape[-2:])
+    own_opt = recipe is None and 'opt_func' in learner  # the recipe's rate and decay are Adam's
     if recipe is None: recipe = swav_recipe(n_images, bs, tuple(x.shape[-2:]), n_classes, n_proc, n_protos=given['model'].get('n_protos'))
-    else: learner['opt_func'] = partial(learner.get('opt_func', Adam), **recipe.get('opt', {}))
-    recipe = Recipe(recipe | {g: recipe.get(g, {}) for g in given}, getattr(recipe, 'reasons', {}))
+    elif n_classes is not None: raise ValueError(f"n_classes is for swav_recipe: give it or recipe, not both, got {n_classes}")
+    recipe = Recipe({g: {} for g in (*given,'opt','fit')} | recipe, getattr(recipe, 'reasons', {}))
+    if own_opt: recipe.drop('opt', 'wd').drop('fit', 'lr')
     recipe.put('encoder', 'n_in', n_in, 'channels of a batch')
-    recipe.put('augs', 'stats', *((imagenet_stats, 'colour images') if n_in==3 else (None, f'{n_in} channels have no usual ones')))
-    recipe = recipe.override(**given)
-    if 'opt_func' not in learner: learner = dict(opt_func=partial(Adam, **recipe['opt']), lr=recipe['fit']['lr']) | learner
+    recipe.put('augs', 'stats', *((imagenet_stats, 'colour images') if n_in==3 else (None, f'no usual ones for {n_in} channels')))
+    recipe = recipe.override(**given, **{g: {n: learner[n]} for g,n in (('opt','wd'),('fit','lr')) if n in learner})
+    if not own_opt:
+        opt_func = partial(learner.get('opt_func', Adam), **recipe['opt'])
+        learner = learner | dict(opt_func=opt_func, lr=recipe['fit'].get('lr', defaults.lr))
     enc = _create(arch, recipe, given['encoder'])
     stride = _fit_crops(recipe, enc, n_in, 'crop_sizes' in given['augs'])
     _check_settings(recipe, n_images, bs*n_proc, size, stride)

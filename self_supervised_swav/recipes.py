@@ -51,7 +51,7 @@ def paper_recipe(
             start_lr=0. if small else 0.3,            # --start_warmup
             final_lr=0.0006 if small else 0.0048))    # --final_lr: a thousandth of the peak
 
-# %% ../nbs/04_recipes.ipynb #5835632d
+# %% ../nbs/04_recipes.ipynb #60202c04
 class Recipe(dict):
     "Keyword arguments, by the function that takes them; `reasons` says why, under the names 'group.setting'"
     def __init__(self, groups=(), reasons=()):
@@ -66,6 +66,15 @@ class Recipe(dict):
     ):
         self.setdefault(group, {})[name] = value
         self.reasons[f'{group}.{name}'] = reason
+        return self
+
+    def drop(self,
+        group:str, # Function that takes the setting
+        name:str # Setting
+    ):
+        "Forget a setting and its reason"
+        self[group].pop(name, None)
+        self.reasons.pop(f'{group}.{name}', None)
         return self
 
     def override(self,
@@ -94,7 +103,7 @@ class Recipe(dict):
 
 def _shown(v): return f'{v:.4g}' if isinstance(v, float) else repr(v)
 
-# %% ../nbs/04_recipes.ipynb #c6412b93
+# %% ../nbs/04_recipes.ipynb #9f841d63
 def _at_least(name, value, least):
     if not (isinstance(value, int) and not isinstance(value, bool) and value>=least):
         raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
@@ -126,22 +135,23 @@ def swav_recipe(
     r.put('dls', 'drop_last', True, 'Sinkhorn and batch norm want whole batches')
 
     # encoder
-    r.put('encoder', 'pretrained', False, 'nothing is learnt yet')
+    r.put('encoder', 'pretrained', False, 'random weights: what is learnt comes from these images')
     why = f'images of {size} px are {"under" if tiny else "not under"} 64 px'
     r.put('encoder', 'small_images', tiny, f'{why}: {"the stem of ImageNet would shrink them to a point" if tiny else "the stem of ImageNet fits"}')
     if tiny: r.put('encoder', 'zero_init_last', False, 'a small network learns sooner when its residual branches start alive')
 
     # prototypes and queue
-    wanted,why = _wanted_protos(n_images, n_classes)
+    wanted,why_protos = _wanted_protos(n_images, n_classes)
     K_max = min(15*B, (n_images-1)//4//B*B)
     if n_protos is None:
         n_protos = max(2, min(wanted, 2*(B+K_max)))
-        if n_protos<wanted: why += f', but no more than twice the {B+K_max:,} rows of batch and queue'
-    else: why = 'given'
+        if n_protos<wanted: why_protos += f', but no more than twice the {B+K_max:,} rows of batch and queue'
+    else: why_protos = 'given'
     K = 0 if n_protos<=2*B else min(K_max, max(B, -(-(4*n_protos//3-B)//B)*B))
-    r.put('model', 'hidden_size', 512 if few else 2048, f'the paper has 2048 for ImageNet; {n_images:,} images {"need less" if few else "are as many"}')
+    why = f'the paper has 2048 for ImageNet; {n_images:,} images {"need less" if few else "are many, too"}'
+    r.put('model', 'hidden_size', 512 if few else 2048, why)
     r.put('model', 'projection_size', 128, 'the paper\'s')
-    r.put('model', 'n_protos', n_protos, why)
+    r.put('model', 'n_protos', n_protos, why_protos)
 
     # crops
     _put_crops(r, size, few, tiny)
@@ -149,7 +159,8 @@ def swav_recipe(
     # codes
     r.put('swav', 'crop_assgn_ids', [0,1], 'codes come from the large crops')
     r.put('swav', 'temp', 0.1, 'the paper\'s')
-    r.put('swav', 'eps', 0.02 if few else 0.05, f'{n_images:,} images are few: sharper codes than the paper\'s 0.05, or the loss stays at ln({n_protos})' if few else 'the paper\'s')
+    sharper = f'{n_images:,} images are few: sharper codes than the paper\'s 0.05, or the loss stays at ln({n_protos})'
+    r.put('swav', 'eps', *((0.02, sharper) if few else (0.05, 'the paper\'s')))
     r.put('swav', 'n_sinkh_iter', 3, 'the paper\'s')
     if K: why = f'{B} images cannot share {n_protos:,} prototypes: {K//B} batches more, {B+K:,} rows, {K/n_images:.1%} of the {n_images:,} images'
     elif n_protos<=2*B: why = f'no queue: {B} images a step are enough to share {n_protos:,} prototypes'
@@ -186,7 +197,8 @@ def _put_crops(r, size, few, tiny):
     lo,lo_small = share(18, .14, .6),share(11, .05, .35)
     hi_small = .14 if lo==.14 else round(lo+.1, 2)
     r.put('augs', 'num_crops', (2,4) if tiny else (2,6), f'{"four" if tiny else "six, as in the paper,"} small crops beside the two that get codes')
-    r.put('augs', 'crop_sizes', (large,small), f'the {size} px of the images{", at most 224" if size>224 else ""}, and {"5/8" if large<128 else "3/7"} of it')
+    ratio = '5/8' if large<128 else '3/7'
+    r.put('augs', 'crop_sizes', (large,small), f'the {size} px of the images{", at most 224" if size>224 else ""}, and {ratio} of it')
     seen = [round(size*o**.5) for o in (lo,lo_small,hi_small)]
     r.put('augs', 'min_scales', (lo,lo_small), f'a large crop shows {seen[0]} of {size} px across or more, a small one {seen[1]} or more')
     r.put('augs', 'max_scales', (1.,hi_small), f'a large crop up to the whole image, a small one up to {seen[2]} px across')

@@ -191,7 +191,7 @@ def stop_on_signals(
     finally:
         for o,f in old.items(): signal.signal(o, f)
 
-# %% ../nbs/34_runs.ipynb #d5d8e51b
+# %% ../nbs/34_runs.ipynb #b4149b77
 def _version(name):
     try: return version(name)
     except PackageNotFoundError: return None  # used from its source
@@ -256,6 +256,7 @@ class PretrainRun:
             raise FileExistsError(f"{self.out} holds a run already: go on with it (--resume), choose another folder (--out), or delete it")
 
     def _make_learner(self, device, source, arch, size, epochs, bs, seed, settings, valid_pct, n_images, n_in, knn, skip_bad, every, num_workers):
+        set_seed(seed)  # before the DataLoaders, which draw the seed of their order
         encoder,given = parse_settings(settings)
         images = self.images = ImageSource(source, valid_pct, seed, n_images, skip_bad)
         preset,flips = _presets.get(source, ({},{}))
@@ -266,9 +267,11 @@ class PretrainRun:
         cbs = [ResumeTraining(self.out/'last.pth', every), EpochHistory(self.out/'history.csv'),
                SaveEncoder(self.out/'encoder.safetensors', size=self.size, source=source)]
         if knn and images.has_labels and len(dls.valid_ds)>0: cbs.append(KNNMetric(_parts_of(dls if images.files is None else make(labelled=True))))
-        set_seed(seed)
-        self.learn = swav_learner(dls, arch or 'resnet18', encoder=encoder, cbs=cbs, **flips | given)
-        self.epochs = epochs or self.learn.recipe['fit']['n_epoch']
+        try: self.learn = swav_learner(dls, arch or 'resnet18', encoder=encoder, cbs=cbs, **flips | given)
+        except TypeError as e:
+            if 'has no setting' in str(e): raise ValueError(f"{e}".replace('swav_learner', '--set')) from e
+            raise
+        self.epochs = self.learn.recipe['fit']['n_epoch'] if epochs is None else epochs
         if self.epochs<1: raise ValueError(f"epochs must be at least 1, got {epochs}")
 
     def __str__(self):

@@ -92,7 +92,10 @@ def test_own_callbacks_and_monitor():
 def test_optimizers():
     learn = make(opt_func=partial(SGD, mom=.8))
     learn.create_opt()
+    assert learn.recipe['opt']=={} and 'lr' not in learn.recipe['fit']
     assert learn.lr==1e-3 and learn.opt.hypers[0]['mom']==.8 and learn.opt.hypers[0]['wd']==0.   # its own, not those of the recipe for Adam
+    learn = make(opt_func=SGD, lr=.3, wd=.2)
+    assert learn.lr==learn.recipe['fit']['lr']==.3 and learn.wd==learn.recipe['opt']['wd']==.2 and learn.recipe.reasons['opt.wd']=='given'
     learn = make(moms=(.9,.8,.9))
     assert learn.moms==(.9,.8,.9) and learn.opt_func.func is Adam
 
@@ -101,13 +104,13 @@ def test_paper_recipe():
     learn = make(recipe=r, opt_func=lars, K=None, small_images=True, crop_sizes=(16,10), min_scales=(.5,.3), max_scales=(1.,.5))
     learn.create_opt()
     assert learn.opt.hypers[0]['wd']==1e-6 and learn.opt.hypers[0]['mom']==.9
-    assert learn.swav.queue_start_pct==.75 and learn.recipe['fit']==r['fit'] and r['model']['n_protos']==3000
+    assert learn.lr==.6 and learn.swav.queue_start_pct==.75 and learn.recipe['fit']==r['fit'] and r['model']['n_protos']==3000
     learn.fit_warmup_cos(1, lr=.01)
 
 def test_recipe_of_another_run_is_taken_whole():
-    r = swav_recipe(10_000, 64, 28, n_classes=2).override(swav=dict(eps=.07))
+    r = swav_recipe(10_000, 256, 28, n_classes=2).override(swav=dict(eps=.07))
     learn = make(recipe=r, crop_sizes=(16,10))
-    assert learn.swav.eps==.07 and learn.lr==r['fit']['lr'] and learn.recipe['model']['n_protos']==12 and r['model']['n_protos']==20
+    assert learn.swav.eps==.07 and learn.lr==r['fit']['lr']==2e-3 and learn.recipe['model']['n_protos']==12 and r['model']['n_protos']==20
 
 @pytest.mark.parametrize('arch,sizes', [('vit_tiny_patch16_224',(16,8)), (torchvision.models.resnet18,(16,10)), ('xresnet18',(16,10)), ('convnext_atto',(16,10))])
 def test_architectures_get_crops_and_arguments_that_they_take(arch, sizes):
@@ -124,7 +127,7 @@ def test_arguments_that_were_given_are_never_dropped():
 def test_takes_an_encoder():
     enc = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, **small)
     learn = make(arch=enc)
-    assert learn.model.encoder is enc
+    assert learn.model.encoder is enc and learn.recipe['encoder']=={}
     learn.fit(1)
 
 @pytest.mark.parametrize('kwargs,text', [
@@ -133,6 +136,12 @@ def test_takes_an_encoder():
     (dict(eps=0), 'eps must be positive, got 0'), (dict(n_protos=0), 'n_protos must be'), (dict(n_classes=0), 'n_classes must be')])
 def test_refuses_what_cannot_work(kwargs, text):
     with pytest.raises(ValueError, match=text): make(**kwargs)
+
+def test_refuses_what_does_not_belong_together():
+    enc = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, **small)
+    with pytest.raises(ValueError, match='n_classes is for swav_recipe'): make(recipe=paper_recipe(256), n_classes=3)
+    with pytest.raises(ValueError, match='need the name of an architecture.*pretrained'): make(arch=enc, pretrained=True)
+    with pytest.raises(ValueError, match="images must have the encoder's 1 channels, got 3"): make(n_in=3, arch=enc)
 
 def test_refuses_a_batch_larger_than_the_data():
     dls = digits(60)

@@ -6,7 +6,10 @@ from fastai.vision.all import GradientAccumulation, Learner, SGD
 from torch import nn
 from helpers import digits, seed_all, small_augs, small_encoder, small_learner
 from self_supervised_swav import precision
+from self_supervised_swav.data import digits_dls
 from self_supervised_swav.encoders import create_encoder
+from self_supervised_swav.evaluate import extract_features, knn_accuracy
+from self_supervised_swav.learner import swav_learner
 from self_supervised_swav.models import create_swav_model
 from self_supervised_swav.precision import DeviceMixedPrecision, is_fast
 from self_supervised_swav.swav import SWAV
@@ -149,3 +152,23 @@ def test_codes_are_of_the_small_batch():
     learn.add_cb(Look())
     learn.fit(1)
     assert set(seen[:10])=={(2,8,20)}
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_fast(torch.bfloat16, 'cpu'), reason='needs a CPU with bfloat16 units')
+def test_knn_is_float32s():
+    "What is learnt in bfloat16 is worth as much: 20-NN accuracy on held-out digits, 4 seeds, within the noise between seeds"
+    accs = {}
+    for bf16 in (False,True):
+        for seed in range(4):
+            seed_all(seed)
+            dls = digits_dls(size=16, bs=64, valid_pct=.3, seed=0, device='cpu')
+            learn = swav_learner(dls, 'resnet18', encoder=dict(layers=(1,1,1,1), channels=(16,32,64,128)), flip_p=0., n_classes=10, bf16=bf16)
+            learn.remove_cb(learn.progress)
+            learn.logger = lambda *_: None
+            learn.fit_one_cycle(12)
+            assert hasattr(learn, 'mixed_precision')==bf16 or hasattr(learn, 'device_mixed_precision')==bf16
+            accs.setdefault(bf16, []).append(knn_accuracy(*(extract_features(learn.model.encoder, dl, progress=False) for dl in dls)))
+    a,b = (torch.tensor(accs[o]) for o in (False,True))
+    noise = (a.var()/len(a)+b.var()/len(b)).sqrt()
+    print(f'float32 {a.mean():.4f} ± {a.std():.4f}, bfloat16 {b.mean():.4f} ± {b.std():.4f}: {accs}')
+    assert a.mean()>.93 and (a.mean()-b.mean()).abs()<max(3*noise, .005)
