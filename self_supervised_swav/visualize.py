@@ -608,7 +608,7 @@ def _picture(draw, about, *values):
     alt,caption = (_e(o.format(*values)) for o in _about[about])
     return f'<figure><img src="{src}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
 
-# %% ../nbs/33_visualize.ipynb #c7526deb
+# %% ../nbs/33_visualize.ipynb #c167121a
 def _show(v):
     "A value for people"
     if isinstance(v, float): return f'{v:.4g}'
@@ -665,7 +665,7 @@ def _opt_settings(learn):
 
 def _versions():
     gpu = f', {torch.cuda.get_device_name()}' if torch.cuda.is_available() else ''
-    rows = [('Python', platform.python_version()), ('system', f'{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads{gpu}')]
+    rows = [('Python', platform.python_version()), ('system', f'{platform.system()} {platform.machine()}, {torch.get_num_threads()} CPU thread(s){gpu}')]
     for o in ('self_supervised_swav','torch','torchvision','fastai','timm','kornia','matplotlib'):
         try: rows.append((o, getattr(sys.modules.get(o), '__version__', None) or version(o)))
         except PackageNotFoundError: rows.append((o, 'not installed'))
