@@ -36,7 +36,7 @@ from .evaluate import (KNNMetric, _labels_of, _normalized, _subset, extract_feat
 from .learner import swav_learner
 from .resume import ResumeTraining, TrainingStopped
 
-# %% ../nbs/34_runs.ipynb #55ca84e1
+# %% ../nbs/34_runs.ipynb #28bac799
 _parts = ('train','training'),('valid','validation','val','test')
 
 def _split(files, root, valid_pct, seed):
@@ -84,7 +84,7 @@ class ImageSource:
         if not flat and len(names)<=len(self.files)/2: self.vocab = sorted(names)
 
     @property
-    def has_labels(self): return self.files is None or len(self.vocab or ())>1
+    def has_labels(self): return self.files is None or self.vocab is not None and len({self.files[i].parent.name for i in self.splits[0]})>1
 
     def dls(self,
         size=None, # Size of the images (default: their own)
@@ -191,7 +191,7 @@ def stop_on_signals(
     finally:
         for o,f in old.items(): signal.signal(o, f)
 
-# %% ../nbs/34_runs.ipynb #b4149b77
+# %% ../nbs/34_runs.ipynb #df37d594
 def _version(name):
     try: return version(name)
     except PackageNotFoundError: return None  # used from its source
@@ -266,7 +266,9 @@ class PretrainRun:
         dls = make(labelled=images.files is None)
         cbs = [ResumeTraining(self.out/'last.pth', every), EpochHistory(self.out/'history.csv'),
                SaveEncoder(self.out/'encoder.safetensors', size=self.size, source=source)]
-        if knn and images.has_labels and len(dls.valid_ds)>0: cbs.append(KNNMetric(_parts_of(dls if images.files is None else make(labelled=True))))
+        if knn and images.has_labels and len(dls.valid_ds)>0:
+            part = _parts_of(dls if images.files is None else make(labelled=True))
+            cbs.append(KNNMetric(part, k=min(20, len(part.train_ds))))
         try: self.learn = swav_learner(dls, arch or 'resnet18', encoder=encoder, cbs=cbs, **flips | given)
         except TypeError as e:
             if 'has no setting' in str(e): raise ValueError(f"{e}".replace('swav_learner', '--set')) from e
@@ -291,7 +293,7 @@ class PretrainRun:
             with stop_on_signals(learn) as came, nullcontext() if tty else learn.no_bar(): learn.fit_one_cycle(self.epochs)
         except BaseException as e:
             if isinstance(e, TrainingStopped): learn.save_encoder.save()
-            elif not (self.out/'last.pth').exists(): self._undo(made)
+            elif not (self.resume or (self.out/'last.pth').exists()): self._undo(made)
             if isinstance(e, KeyboardInterrupt): e.signum = came[0] if came else signal.SIGINT
             raise
         learn.save_encoder.save()

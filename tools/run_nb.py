@@ -1,4 +1,4 @@
-"Run notebooks and keep their outputs, progress bars as a terminal shows them in the end: `python tools/run_nb.py nbs/index.ipynb ...`"
+"Run notebooks and keep their outputs, progress bars as a terminal shows them in the end: `python tools/run_nb.py [--slow] nbs/index.ipynb ...`"
 import os, sys
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 from pathlib import Path
@@ -15,14 +15,15 @@ def as_shown(text):
         lines.append(shown.rstrip())
     return '\n'.join(lines)
 
-def run(path):
-    "Run `path` and save it; False if a cell failed"
+def run(path, slow=False):
+    "Run `path`, cells marked slow only if asked to, and save it; False if a cell failed"
     from fastcore.nbio import read_nb, write_nb
     from nbdev.clean import nbdev_clean
     from nbdev.config import get_config
     from nbdev.test import test_nb
     flags = get_config(root).tst_flags
-    ok, _ = test_nb(path, skip_flags=flags.split() if isinstance(flags, str) else flags, basepath=root, save=True)
+    flags = [o for o in (flags.split() if isinstance(flags, str) else flags) if not (slow and o == 'slow')]
+    ok, _ = test_nb(path, skip_flags=flags, basepath=root, save=True, cell_timeout=None if slow else 600)
     if not ok: return False
     nb = read_nb(path)
     for cell in nb.cells:
@@ -34,4 +35,4 @@ def run(path):
     nbdev_clean(str(path))
     return True
 
-if __name__ == '__main__': sys.exit(not all([run(Path(p).resolve()) for p in sys.argv[1:]]))
+if __name__ == '__main__': sys.exit(not all([run(Path(p).resolve(), '--slow' in sys.argv) for p in sys.argv[1:] if p != '--slow']))
