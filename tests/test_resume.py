@@ -18,7 +18,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from helpers import digits, seed_all, small_augs, small_learner
-from test_distributed import run_ranks
+from test_distributed import ctx, run_ranks
 from self_supervised_swav import resume
 from self_supervised_swav.optimizer import lars
 from self_supervised_swav.resume import ResumeTraining, TrainingStopped, _read_last, _write
@@ -403,6 +403,7 @@ def test_dying_between_any_two_calls_of_the_system(tmp_path, monkeypatch):
 def run(path, out, nw=0):
     "A fit of a second or so, with a queue-like buffer, noise everywhere and checkpoints inside epochs"
     torch.set_num_threads(1)
+    multiprocessing.set_start_method('fork', force=True)            # of the loader's processes, as in a script
     learn = make(path, every=2, nw=nw, n=50, opt_func=lars, lr=0.6, cbs=[SaveModelCallback(), GradientAccumulation(8)])
     learn.model.register_forward_hook(lambda *_: time.sleep(0.004))
     with open(os.devnull, 'w') as null:
@@ -434,7 +435,7 @@ def kill_until_done(start, path, out, seconds, n_kills, seed):
 class Forked:
     "A process that need not import everything again"
     def __init__(self, *args):
-        self.p = multiprocessing.get_context('fork').Process(target=run, args=args)
+        self.p = ctx.Process(target=run, args=args)  # of a server without threads: a fork of this process might hang or fail in autograd
         self.p.start()
     def poll(self): return self.p.exitcode
     def kill(self): self.p.kill()
