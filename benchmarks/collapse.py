@@ -3,14 +3,15 @@ import argparse, math, time, warnings
 from functools import partial
 
 import numpy as np, torch
-from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
 from sklearn.datasets import load_sample_images
+from harness import line
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.evaluate import extract_features, knn_accuracy
 from self_supervised_swav.learner import swav_learner
 from self_supervised_swav.monitor import CollapseWarning
+from self_supervised_swav.runs import NoValidation
 
 def photo_dls(n=2000, size=64, bs=64, seed=0, **kwargs):
     "DataLoaders of `n` random squares of scikit-learn's two photographs"
@@ -26,9 +27,6 @@ datasets = dict( # its DataLoaders, the widths of the encoder, epochs
     digits=(partial(digits_dls, size=16, valid_pct=.3), (16,32,64,128), 40),
     fashion=(partial(fashion_mnist_dls, n_train=10_000, n_valid=5_000, bs=64), (32,64,128,256), 2),
     photos=(photo_dls, (32,64,128,256), 5))
-
-class NoValidation(Callback):
-    def before_validate(self): raise CancelValidException
 
 def accuracy(learn):
     "20-NN accuracy of the features, where there are labels"
@@ -55,11 +53,10 @@ def collapsed(r):
     "An alarm, a loss that stays at ln K, or features that know less than before"
     return r['alarms']>0 or r['last']>=.95 or r['trained']<=r['untrained']
 
-def line(r): return '| ' + ' | '.join(str(o) for o in r) + ' |'
 columns = ('data','seed','epochs','steps','prototypes','loss/ln K, first epoch','last epoch','20-NN untrained','trained','alarms','seconds','collapsed')
 def row(r):
     acc = ['' if math.isnan(r[k]) else f'{r[k]:.3f}' for k in ('untrained','trained')]
-    return line([r['data'], r['seed'], r['epochs'], r['steps'], r['protos'], f"{r['first']:.3f}", f"{r['last']:.3f}", *acc, r['alarms'], f"{r['seconds']:.0f}", 'YES' if collapsed(r) else 'no'])
+    return line([r['data'], str(r['seed']), str(r['epochs']), str(r['steps']), str(r['protos']), f"{r['first']:.3f}", f"{r['last']:.3f}", *acc, str(r['alarms']), f"{r['seconds']:.0f}", 'YES' if collapsed(r) else 'no'])
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch, torch.nn.functional as F
 from fastai.callback import schedule  # noqa: F401  it patches Learner
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
 from lightly.loss import SwaVLoss
@@ -25,6 +25,7 @@ from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import extract_features, few_label_learner, few_label_splits, knn_accuracy, linear_probe
 from self_supervised_swav.learner import swav_learner
+from self_supervised_swav.runs import NoValidation
 
 here = Path(__file__).resolve().parent
 full = dict(data='fashion-mnist', size=28, bs=128, epochs=4, channels=(32,64,128,256), labels=(10,60), tune_epochs=(60,40), threads=2)
@@ -41,9 +42,6 @@ def new_encoder(s, seed):
     return create_encoder('resnet18', n_in=1, pretrained=False, channels=s['channels'], **arch)
 
 # --- measuring ---------------------------------------------------------------------------------------------------------------
-class NoValidation(Callback):
-    def before_validate(self): raise CancelValidException
-
 def quiet(learn):
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
     return learn

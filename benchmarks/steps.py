@@ -3,7 +3,6 @@ import time
 from functools import partial
 
 import torch, torch.nn.functional as F
-from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
@@ -19,6 +18,7 @@ from self_supervised_swav.data import fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.models import create_swav_model
 from self_supervised_swav.precision import is_fast
+from self_supervised_swav.runs import NoValidation
 from self_supervised_swav.swav import SWAV
 
 settings = dict(
@@ -61,9 +61,6 @@ class Stopwatch:
             self.began = None
             if out.requires_grad: out.register_hook(arrived)
         encoder.register_forward_hook(hook)
-
-class NoValidation(Callback):
-    def before_validate(self): raise CancelValidException
 
 class Watch(NoValidation):
     "Ends the encoder's share of the backward pass; leaves out the first step of a fit, in which the callback looks at the model"

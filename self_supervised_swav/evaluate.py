@@ -6,7 +6,7 @@
 __all__ = ['extract_features', 'knn_accuracy', 'LinearProbe', 'linear_probe', 'few_label_idxs', 'few_label_splits',
            'EncoderWithHead', 'encoder_head_split', 'few_label_learner', 'KNNMetric']
 
-# %% ../nbs/32_evaluate.ipynb #6dcbc6ff
+# %% ../nbs/32_evaluate.ipynb #3e6aace9
 import copy, math, os, tempfile
 from collections import namedtuple
 from contextlib import ExitStack, nullcontext
@@ -29,6 +29,7 @@ from .checkpoints import crop_stats, encoder_of
 from .data import TensorImages
 from .knn import weighted_knn
 from .monitor import EpochColumns
+from .models import in_eval
 from .multiview import _own_randomness
 
 # %% ../nbs/32_evaluate.ipynb #f8c42ab4
@@ -64,7 +65,7 @@ class _Rows:
 
     def get(self): return torch.cat(self.parts) if self.out is None else self.out[:self.done]
 
-# %% ../nbs/32_evaluate.ipynb #e6a40f4d
+# %% ../nbs/32_evaluate.ipynb #996a1b2d
 def extract_features(
     learn_or_encoder, # A Learner, whose model's encoder is used, or an encoder: images (B,C,H,W) to features (B,d)
     dl, # DataLoader of images, with or without targets; a fastai one is taken in the order of its data set, to the last image
@@ -76,13 +77,11 @@ def extract_features(
     encoder,views = encoder_of(learn_or_encoder)
     if _normalizes(dl): views = None
     device = next((p.device for p in encoder.parameters()), torch.device('cpu'))
-    modes = {m: m.training for m in encoder.modules()}
     n = getattr(dl, 'n', None) if isinstance(dl, DataLoader) else len(dl.dataset) if hasattr(getattr(dl, 'dataset', None), '__len__') else None
     rows,targets = _Rows(n, max_bytes, path),[]
-    encoder.eval()
     dl_ = _in_order(dl)
     try:
-        with torch.no_grad(), _without_augs(dl):
+        with in_eval(encoder), _without_augs(dl):
             for i,b in enumerate(progress_bar(dl_, leave=False) if progress else dl_):
                 x,*y = b if isinstance(b, (list,tuple)) else (b,)
                 x = x.to(device)
@@ -95,8 +94,6 @@ def extract_features(
     except BaseException:
         rows.discard()
         raise
-    finally:
-        for m,mode in modes.items(): m.training = mode
     if not rows.done: raise ValueError("dl must hold images, got none")
     return rows.get(),torch.cat(targets) if targets else None
 

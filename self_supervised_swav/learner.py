@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['swav_learner']
 
-# %% ../nbs/31_learner.ipynb #2e5ef265
+# %% ../nbs/31_learner.ipynb #71403cd3
 import difflib, inspect, math, warnings
 from functools import partial
 import torch
@@ -18,7 +18,7 @@ from fastai.vision.core import imagenet_stats
 from .augment import get_batch_augs, get_swav_aug_pipelines
 from .collectives import world
 from .encoders import create_encoder
-from .models import create_swav_model
+from .models import create_swav_model, in_eval
 from .monitor import CollapseMonitor
 from .precision import is_fast
 from .recipes import Recipe, swav_recipe
@@ -47,22 +47,20 @@ def _sort_settings(settings):
         groups[_group[n]][n] = v
     return groups
 
-# %% ../nbs/31_learner.ipynb #473275e7
-@torch.no_grad()
+# %% ../nbs/31_learner.ipynb #a776b7a1
 def _look_at(encoder, size, n_in):
     "Does `encoder` take images of `size`? Its stride then, else None"
-    strides,modes = {},{m: m.training for m in encoder.modules()}
+    strides = {}
     def watch(m, args, out):
         if args[0].ndim==4: strides[args[0].shape[-1]] = max(m.stride) if isinstance(m.stride, tuple) else m.stride
     strided = [m for m in encoder.modules() if isinstance(m, (nn.Conv2d,nn.MaxPool2d,nn.AvgPool2d)) and m.stride not in (1,(1,1))]
     hooks = [m.register_forward_hook(watch) for m in strided]
     like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
-    encoder.eval()
-    try: encoder(like.new_zeros(1, n_in, size, size))
+    try:
+        with in_eval(encoder): encoder(like.new_zeros(1, n_in, size, size))
     except Exception: return None  # every encoder rejects a size in its own way
     finally:
         for h in hooks: h.remove()
-        for m,mode in modes.items(): m.training = mode
     return math.prod(strides.values())
 
 def _fit_crops(recipe, encoder, n_in, given):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MultiView']
 
-# %% ../nbs/20_multiview.ipynb #24eb9db1
+# %% ../nbs/20_multiview.ipynb #a63beddf
 import random
 from contextlib import contextmanager
 import numpy as np, torch
@@ -18,6 +18,7 @@ from fastai.torch_core import TensorImage, get_model, rank_distrib, show_image
 from fastai.vision.data import get_grid
 from .augment import multi_crop, normalize_images
 from .collectives import exchange, world
+from .models import in_eval
 
 # %% ../nbs/20_multiview.ipynb #26c22436
 class MultiView(Callback):
@@ -117,7 +118,7 @@ def _weight_of_rank(self:MultiView): return len(self.images)*len(self.sizes)/sum
 def _restore_loss(self:MultiView):
     if self.own_loss_func is not None: self.learn.loss_func,self.own_loss_func = self.own_loss_func,None
 
-# %% ../nbs/20_multiview.ipynb #c44725c9
+# %% ../nbs/20_multiview.ipynb #3c39feb2
 def _is_finite(x):
     "A sum reads once and writes nothing; where it overflows, look at each"
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
@@ -155,18 +156,13 @@ def _dry_run(self:MultiView, crops):
     if conv is not None and conv.in_channels!=n_in:
         raise ValueError(f"images must have the encoder's {conv.in_channels} channels, got {n_in}: "
                          "see n_in of create_encoder and of the data")
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.compiler.set_stance('force_eager'):
-            for c in {c.shape[-2:]: c[[0,-1]] for c in crops}.values():
-                try: model(c)
-                except Exception as e:
-                    size = tuple(c.shape[-2:])
-                    raise ValueError(f"crop_sizes must be sizes that the encoder takes, got {size}: {e}") from e
-            self.check_pred(model([c[[0,-1]] for c in crops]))
-    finally:
-        for m,mode in modes.items(): m.training = mode
+    with in_eval(model), torch.compiler.set_stance('force_eager'):
+        for c in {c.shape[-2:]: c[[0,-1]] for c in crops}.values():
+            try: model(c)
+            except Exception as e:
+                size = tuple(c.shape[-2:])
+                raise ValueError(f"crop_sizes must be sizes that the encoder takes, got {size}: {e}") from e
+        self.check_pred(model([c[[0,-1]] for c in crops]))
     self.checked = True
 
 # %% ../nbs/20_multiview.ipynb #27b3b063

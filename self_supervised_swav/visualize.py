@@ -6,10 +6,9 @@
 __all__ = ['ImageSample', 'draw_prototypes', 'draw_training', 'project_features', 'draw_embedding', 'nearest_images',
            'draw_neighbours', 'draw_codes']
 
-# %% ../nbs/33_visualize.ipynb #1483abb7
-import base64, html, io, math, os, platform, sys, time
+# %% ../nbs/33_visualize.ipynb #63ab1a38
+import base64, html, io, math, platform, sys, time
 from collections import namedtuple
-from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
@@ -25,8 +24,9 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage, get_model, show_image
 from fastai.vision.augment import Normalize
+from .checkpoints import atomic_path
 from .evaluate import _without_augs, extract_features
-from .models import SwAVModel
+from .models import SwAVModel, in_eval
 from .multiview import _own_randomness
 from .sinkhorn import sinkhorn
 
@@ -172,7 +172,7 @@ def draw_prototypes(
     fig.suptitle('Images nearest to prototypes'+(f' ({note})' if note else '')+f'\n{used}', fontsize=_small+1)
     return axes
 
-# %% ../nbs/33_visualize.ipynb #da11bbae
+# %% ../nbs/33_visualize.ipynb #8bff92d3
 def _model_of(learn):
     "The model, if it has prototypes"
     model = get_model(learn.model)
@@ -185,20 +185,10 @@ def _swav_of(learn):
     if not hasattr(learn, 'swav'): raise ValueError("learn must have SWAV among its callbacks: Learner(dls, model, cbs=[SWAV(...)])")
     return learn.swav
 
-@contextmanager
-def _in_eval(model):
-    "`model` without gradients and in eval mode inside, every module in its own mode afterwards"
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(): yield model
-    finally:
-        for m,mode in modes.items(): m.training = mode
-
 def _scores(model, features):
     "(n,K) prototype scores of the encoder's features, on the CPU"
     device = model.prototypes.weight.device
-    with _in_eval(model):
+    with in_eval(model):
         return torch.cat([model.prototypes(F.normalize(model.projector(o.to(device)).float(), dim=1)).cpu() for o in features.split(1024)])
 
 @patch
@@ -502,7 +492,7 @@ def draw_codes(
     fig.suptitle(f'Crops of one image, their codes and predictions\n{about}', fontsize=_small+1)
     return axes
 
-# %% ../nbs/33_visualize.ipynb #2e87539c
+# %% ../nbs/33_visualize.ipynb #584cd1c0
 def _batch_with(learn, image):
     "A training batch with image `image` first; which one it is"
     dl = learn.dls.train
@@ -521,7 +511,7 @@ def _codes_of(learn, image, seed):
         x,image = _batch_with(learn, image)
         x = x.to(model.prototypes.weight.device)
         crops = swav.cut(x)
-    with _in_eval(model):
+    with in_eval(model):
         scores,queue = model(crops)[1].unflatten(0, (len(crops),-1)).float(),model.queue
         _check_finite('scores', scores.flatten(0,1))
         rows = [torch.cat([scores[i], *([model.prototypes(queue.features[a])] if queue.full else [])]) for a,i in enumerate(swav.crop_assgn_ids)]
@@ -715,19 +705,7 @@ def _summary(learn, sample, notes):
         rows.append(('nearest image has the same label', f'{(sample.labels[near]==sample.labels).float().mean():.1%}, by chance {chance:.1%}'))
     return rows+[(k,_show(v)) for k,v in (notes or {}).items()]
 
-# %% ../nbs/33_visualize.ipynb #cd16b949
-@contextmanager
-def _whole_file(path):
-    "A text file beside `path` that takes its name in the end, or goes"
-    path = Path(path)
-    if path.is_dir(): raise IsADirectoryError(f"path must be a file to write, {path} is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(part, 'w', encoding='utf-8') as f: yield f
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-
+# %% ../nbs/33_visualize.ipynb #374849a0
 @patch
 def _crops_figure(self:Learner, n, fig):
     shown = self.swav.n_shown
@@ -750,7 +728,8 @@ def swav_report(self:Learner,
     "Write a page with pictures, settings and versions of a run"
     swav,model,start = _swav_of(self),_model_of(self),time.time()
     title = title or f'SwAV: {_name_of(model.encoder)}'
-    with _whole_file(path) as f:
+    if Path(path).is_dir(): raise IsADirectoryError(f"path must be a file to write, {path} is a folder")
+    with atomic_path(path) as part, open(part, 'w', encoding='utf-8') as f:
         sample,missing = None,None
         try: sample = self.sample_images(dl=dl, max_images=max_images, labels=labels, seed=seed, progress=progress)
         except (FloatingPointError, RuntimeError) as e: missing = f'Not drawn: {e}'
