@@ -1,7 +1,7 @@
 "The commands: what they write, what they refuse and with which exit code, and that a stopped run goes on bit for bit"
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pyarrow.parquet as pq, pytest, torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -189,7 +189,6 @@ def test_embed_refused(tmp_path, photos, command, monkeypatch):
     assert command('swav-embed', tmp_path, tmp_path/'none')[0]==2
 
 def test_parquet(tmp_path, photos, command):
-    pq = pytest.importorskip('pyarrow.parquet')
     save_encoder(small_encoder(), tmp_path/'encoder.safetensors', size=16)
     assert command('swav-embed', tmp_path, photos, '-o', tmp_path/'f.parquet', '--num-workers', 0)[0]==0
     t = pq.read_table(tmp_path/'f.parquet').to_pydict()
