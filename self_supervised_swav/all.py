@@ -20,4 +20,5 @@ from .data import *
 from .learner import *
 from .evaluate import *
 from .visualize import *
+from .report import *
 from .runs import *

@@ -93,10 +93,17 @@ def test_nothing_found(project, tmp_path):
 def test_progress_bars_as_a_terminal_shows_them(project):
     nb = project/'nbs'/'04_bar.ipynb'
     try:
-        write_nb(nb, ["print('epoch\\n[#   ]\\r[##  ]\\r0  0.5\\r')", "print('\\r  \\r', end='')"])
+        write_nb(nb, ["print('epoch\\n[#   ]\\r[##  ]\\r0  0.5\\r')", "print('\\r  \\r', end='')", "print('in /home/me/site-packages/a/b.py:1')"])
         assert run(project, 'tools/run_nb.py', str(nb)).returncode == 0
         outs = [c['outputs'] for c in json.loads(nb.read_text())['cells']]
         assert [''.join(o['text']) for o in outs[0]] == ['epoch\n0  0.5\n'] and outs[1] == []
+        assert ''.join(outs[2][0]['text']) == 'in a/b.py:1\n'
         write_nb(nb, ['1/0'])
         assert run(project, 'tools/run_nb.py', str(nb)).returncode == 1
     finally: nb.unlink()
+
+@pytest.mark.parametrize('nb', sorted((root/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
+def test_outputs_name_no_place(nb):
+    "What a notebook shows is the same on every machine: no path of the one that ran it"
+    outputs = json.dumps([c.get('outputs', []) for c in json.loads(nb.read_text())['cells']])
+    assert str(root) not in outputs and str(Path.home()) + '/' not in outputs and 'site-packages' not in outputs

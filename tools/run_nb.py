@@ -1,5 +1,5 @@
 "Run notebooks and keep their outputs, progress bars as a terminal shows them in the end: `python tools/run_nb.py [--slow] nbs/index.ipynb ...`"
-import os, sys
+import os, re, sys
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 from pathlib import Path
 
@@ -7,13 +7,13 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 
 def as_shown(text):
-    "What a terminal shows of `text`: a carriage return goes back to the start of the line, and what follows overwrites it"
+    "What a terminal shows of `text`: a carriage return goes back to the start of the line, and what follows overwrites it; paths of packages are short"
     lines = []
     for line in text.split('\n'):
         shown = ''
         for part in line.split('\r'): shown = part + shown[len(part):]
         lines.append(shown.rstrip())
-    return '\n'.join(lines)
+    return re.sub(r'\S*/site-packages/', '', '\n'.join(lines))  # where a package lies is nobody's business
 
 def run(path, slow=False):
     "Run `path`, cells marked slow only if asked to, and save it; False if a cell failed"
