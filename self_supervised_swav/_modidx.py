@@ -841,6 +841,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._finish': ( 'sinkhorn.html#_finish',
                                                                                           'self_supervised_swav/sinkhorn.py'),
+                                               'self_supervised_swav.sinkhorn._last_cache': ( 'sinkhorn.html#_last_cache',
+                                                                                              'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._plain': ( 'sinkhorn.html#_plain',
                                                                                          'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._range': ( 'sinkhorn.html#_range',

@@ -5,21 +5,27 @@
 # %% auto #0
 __all__ = ['sinkhorn']
 
-# %% ../nbs/00_sinkhorn.ipynb #054187cd
-import os, torch
+# %% ../nbs/00_sinkhorn.ipynb #9b29b87a
+from pathlib import Path
+import torch
 import torch.distributed as dist
 
-# %% ../nbs/00_sinkhorn.ipynb #af30240d
+# %% ../nbs/00_sinkhorn.ipynb #1c569cc0
 _MAX_RANGE = {torch.float32: 68., torch.float64: 650.}  # of scores/eps, for plain arithmetic
-try: _l3_size = os.sysconf('SC_LEVEL3_CACHE_SIZE')  # bytes
-except (AttributeError,ValueError,OSError): _l3_size = 0  # not on this system
-_N_CACHE = min(max(_l3_size//16, 1<<18), 1<<24)  # entries of a block: it and its scores fill half of the cache
+_N_CACHE = 1<<18  # entries of a block: it and its scores stay in a core's own cache
 _N_BLOCK = 1<<24  # the same where memory is fast and launches are dear: a bound on temporaries
 
-def _blocks(x, *others):
-    "Rows of `x` and of the tensors beside it, in blocks small enough to be worked on in one place"
-    n = max(1, (_N_CACHE if x.device.type=='cpu' else _N_BLOCK)//x.shape[1])
-    return [(x,*others)] if len(x)<=n else list(zip(*(o.split(n) for o in (x,*others))))
+def _last_cache():
+    "Bytes of the processor's last cache, as Linux tells them; elsewhere 0"
+    sizes = [p.read_text().strip() for p in Path('/sys/devices/system/cpu/cpu0/cache').glob('index*/size')]
+    return max((int(o[:-1])<<10 for o in sizes if o.endswith('K')), default=0)
+_N_WHOLE = _last_cache()//32  # entries that fill, with their scores, a quarter of it: passes without temporaries need no blocks
+
+def _blocks(x, *others, whole=0):
+    "Rows of `x` and of the tensors beside it, in blocks small enough to be worked on in one place; one where `x` has no more than `whole` entries"
+    n = _N_CACHE if x.device.type=='cpu' else _N_BLOCK
+    if x.numel()<=max(whole, n): return [(x,*others)]
+    return list(zip(*(o.split(max(1, n//x.shape[1])) for o in (x,*others))))
 
 def _column_scale(mass):
     "The `u` that makes the columns even, given their sums, up to the constant that makes it sum to 1"
@@ -30,10 +36,10 @@ def _all_reduce(x, group, op=dist.ReduceOp.SUM):
     if group is not None: dist.all_reduce(x, op, group=group)
     return x
 
-# %% ../nbs/00_sinkhorn.ipynb #97561cbc
+# %% ../nbs/00_sinkhorn.ipynb #31fb9d8b
 def _plain(S, eps, n_iters, mid, group, Q):
     "Write the codes of `S` into `Q`; entries of exp((S-mid)/eps) must be representable"
-    blocks,shift,u = _blocks(S, Q, S.new_ones(len(S))),S.new_full((), -mid/eps),S.new_empty(S.shape[1])
+    blocks,shift,u = _blocks(S, Q, S.new_ones(len(S)), whole=_N_WHOLE),S.new_full((), -mid/eps),S.new_empty(S.shape[1])
     for i in range(n_iters):
         mass = torch.zeros_like(u)
         for s,q,v in blocks:
@@ -41,13 +47,13 @@ def _plain(S, eps, n_iters, mid, group, Q):
             else: torch.mv(q, u, out=v).reciprocal_()
             mass.addmv_(q.T, v)
         u = _column_scale(_all_reduce(mass, group))
-    _finish(blocks, u)
+    _finish(Q, u)
 
-def _finish(blocks, u):
+def _finish(Q, u):
     "Scale every row to the sum 1 under `u`, and columns by `u`"
-    for _,q,*_ in blocks: q.mul_((q@u).reciprocal_()[:,None]).mul_(u)
+    for q, in _blocks(Q): q.mul_((q@u).reciprocal_()[:,None]).mul_(u)
 
-# %% ../nbs/00_sinkhorn.ipynb #707ccfed
+# %% ../nbs/00_sinkhorn.ipynb #7e7ce104
 _N_PLAIN = 3  # plain turns between two turns in the log domain
 
 def _column_logsumexp(blocks, eps, n_columns, group):
@@ -79,7 +85,7 @@ def _stable(S, eps, n_iters, mid, group, Q):
             for _,q,_,v_ in blocks: v_.copy_(q@u).reciprocal_()
         g += v.log()
         n_iters -= 1+_N_PLAIN
-    _finish(blocks, u)
+    _finish(Q, u)
 
 # %% ../nbs/00_sinkhorn.ipynb #f880fedc
 @torch.no_grad()
