@@ -7,8 +7,8 @@ __all__ = ['draw_boxes', 'FusedGenerator', 'resize_taps', 'dense', 'blur_band', 
            'FusedAugment', 'ExactAugment', 'BatchAugment', 'get_batch_augs', 'get_multi_aug_pipelines',
            'get_swav_aug_pipelines', 'multi_crop', 'normalize_images']
 
-# %% ../nbs/12_augment.ipynb #30b797b5
-import math
+# %% ../nbs/12_augment.ipynb #b6600ee5
+import math, sys
 from itertools import groupby
 from numbers import Integral, Real
 
@@ -155,6 +155,25 @@ def colour_matrices(
     for k in order.T: A,D = mul[rows,k]@A, mul[rows,k]@D + mix[rows,k]@(A+D)
     return [torch.where(bw[:,None,None], grey@o, o) for o in (A,D)]
 
+# %% ../nbs/12_augment.ipynb #4187cb97
+def _n_holders(x):
+    "How many tensors and Python names lead to the memory of `x`"
+    s = x.untyped_storage()
+    return torch._C._storage_Use_Count(s._cdata) + sys.getrefcount(s)
+_unheld = _n_holders(torch.empty(1)) if hasattr(torch._C, '_storage_Use_Count') else -1  # where torch does not tell, nothing is used again
+
+class _Memory:
+    "Memory for a result: that of the last one, if nobody holds it"
+    def __init__(self): self.last = None
+    def __reduce__(self): return _Memory,()
+    def empty(self, like, *shape):
+        x,self.last = self.last,None
+        if like.device.type!='cpu': return like.new_empty(shape)
+        fits = x is not None and (x.shape,x.dtype,x.is_inference())==(shape,like.dtype,torch.is_inference_mode_enabled())
+        if not (fits and _n_holders(x)==_unheld): x = like.new_empty(shape)
+        self.last = x
+        return x.view(shape) # a tensor of its own: it counts
+
 # %% ../nbs/12_augment.ipynb #728b1889
 def _plain(x): return x.as_subclass(Tensor) if type(x) is not Tensor else x
 def _like(y, x): return y.as_subclass(type(x)) if isinstance(x, TensorBase) else y
@@ -187,7 +206,7 @@ def _spans(n_out, n_in, reach, flip, block=112):
         lo,hi = max(p-reach, 0),min(q+reach, n_out)
         yield a,b,max(int((lo+.5)*scale-max(scale,1)), 0),min(math.ceil((hi-.5)*scale+max(scale,1)), n_in)
 
-# %% ../nbs/12_augment.ipynb #cee8f050
+# %% ../nbs/12_augment.ipynb #3604e622
 class FusedAugment(K.GeometricAugmentationBase2D):
     "Crop, flip, blur, rotate, colour and normalise a batch in three matrix products"
     _compute_matrix_lazily = True
@@ -209,7 +228,7 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         super().__init__(p=1., same_on_batch=same_on_batch)
         self._param_generator = FusedGenerator(scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p,
                                                blur_p, blur_s)
-        self.flags = dict(size=size, stats=stats)
+        self.flags,self.memory = dict(size=size, stats=stats),_Memory()
         self.radius = min(math.ceil(4*blur_s[1]), size-1) if blur_p>0 else 0
 
     def draw(self, batch_shape, n=1):
@@ -235,7 +254,7 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     def apply_transform(self, input, params, flags, transform=None):
         x,size,g = _plain(input).float(),flags['size'],self._param_generator
         n,c = len(params['box']),x.shape[1]
-        out = x.new_empty(n, c, size, size)
+        out = self.memory.empty(x, n, c, size, size)
         if n==0: return out
         with torch.autocast(x.device.type, enabled=False):
             table = self._table(params, c).to(x.device, non_blocking=True)

@@ -1,5 +1,5 @@
 "The augmentation against torchvision, Pillow and kornia, on the same images"
-import math, pickle
+import copy, math, pickle
 
 import kornia.augmentation as K
 import numpy as np, pytest, torch, torchvision.transforms as T, torchvision.transforms.functional as TF, torch.nn.functional as F
@@ -232,6 +232,26 @@ def test_seed_and_replay(photos):
     assert all(torch.equal(o,p) for o,p in zip(a,b))
     assert torch.equal(aug(photos, params=params), torch.cat(a))
     assert not torch.equal(aug(photos), a[0])
+
+def test_memory_is_written_again_when_nobody_holds_it(photos):
+    aug = FusedAugment(64)
+    def places(crops): return {o.untyped_storage().data_ptr() for o in crops}
+    first = aug.crops(photos, 2)
+    kept,place = [o.clone() for o in first],places(first)
+    assert not places(aug.crops(photos, 2)) & place
+    assert all(torch.equal(o,p) for o,p in zip(first, kept))
+    for hold in (lambda c: c[1][0,0,3:5], lambda c: c[0].numpy(), lambda c: (c[0]*torch.ones(1, requires_grad=True)).sum(), lambda c: c[0].untyped_storage()):
+        crops = aug.crops(photos, 2)
+        held,place = hold(crops),places(crops)
+        del crops
+        assert not places(aug.crops(photos, 2)) & place
+        del held
+    place = places(aug.crops(photos, 2))
+    assert places(aug.crops(photos, 2))==place
+    assert not places(aug.crops(photos, 3)) & places(aug.crops(photos, 2))
+    with torch.inference_mode(): aug.crops(photos, 2)
+    (aug.crops(photos, 2)[0]*torch.ones(1, requires_grad=True)).sum().backward()  # tensors of inference mode cannot be saved for that
+    for other in (pickle.loads(pickle.dumps(aug)), copy.deepcopy(aug)): assert other.memory.last is None
 
 def test_switches_keep_boxes(photos):
     "The same seed cuts the same boxes whatever else is on"

@@ -286,6 +286,20 @@ def test_show_before_during_after(n_in):
     look(3)
     with pytest.raises(ValueError, match='n must be at least 1, got 0'): learn.swav.show(0)
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there the allocator keeps the memory')
+def test_crops_use_memory_again():
+    "A step's crops are written where the last step's were, unless somebody keeps those"
+    class Keep(Callback):
+        def before_fit(self): self.kept,self.places = [],[]
+        def before_backward(self):
+            self.places.append(self.xb[0][0].data_ptr())
+            if self.train_iter%2: self.kept.append((self.xb[0][0],self.xb[0][0].clone()))
+    learn = small_learner(cbs=[Keep()])
+    learn.fit(2)
+    n,n_kept = len(learn.keep.places),len(learn.keep.kept)
+    assert len(set(learn.keep.places))==n_kept+1 < n
+    assert all(torch.equal(a,b) for a,b in learn.keep.kept)
+
 def test_print_augs(capsys):
     SWAV(small_augs(), print_augs=True)
     lines = capsys.readouterr().out.splitlines()

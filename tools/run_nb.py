@@ -1,6 +1,7 @@
 "Run notebooks and keep their outputs, progress bars as a terminal shows them in the end: `python tools/run_nb.py [--slow] nbs/index.ipynb ...`"
-import os, re, sys
+import os, re, sys, warnings
 os.environ.setdefault('OMP_NUM_THREADS', '2')
+warnings.filterwarnings('ignore', '`torch.jit', FutureWarning)  # on import of kornia: not the reader's concern
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
