@@ -21,7 +21,7 @@ from .checkpoints import atomic_path
 from .visualize import (_model_of, _names, _scores, _swav_of, draw_embedding, draw_neighbours, draw_prototypes, nearest_images,
                                             project_features)
 
-# %% ../nbs/34_report.ipynb #858beb01
+# %% ../nbs/34_report.ipynb #ae886759
 _css = """
 :root{color-scheme:light dark;--ink:#1c1e21;--soft:#5b6168;--paper:#fff;--card:#f4f5f7;--line:#d9dce1;--mark:#0b57d0;--bad:#b3261e}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a5abb3;--paper:#15171a;--card:#1f2226;--line:#383d44;--mark:#8ab4f8;--bad:#f2b8b5}}
@@ -50,7 +50,7 @@ def _html_table(rows, name, head=None, numbers=False):
     body = ''.join(f'<tr><th scope="row">{_e(str(r[0]))}</th>'+''.join(f'<td>{_e(str(o))}</td>' for o in r[1:])+'</tr>' for r in rows)
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{_e(name)}"><table{" class=numbers" if numbers else ""}>{top}<tbody>{body}</tbody></table></div>'
 
-def _data_uri(fig, dpi=130, most=250_000):
+def _data_uri(fig, dpi=160, most=250_000):
     "A figure as PNG; as JPEG where photographs make that too large"
     f = io.BytesIO()
     fig.savefig(f, format='png', dpi=dpi, facecolor='white')
@@ -85,7 +85,7 @@ def _picture(draw, about, *values):
             src = _data_uri(fig)
     except Exception as e: return _p(f'Not drawn: {e or type(e).__name__}', 'soft')  # whatever one picture lacks, the rest of the page is worth having
     alt,caption = (_e(o.format(*values)) for o in _about[about])
-    return f'<figure><img src="{src}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
+    return f'<figure><img src="{src}" width="{125*fig.get_figwidth():.0f}" alt="{alt}"><figcaption>{caption}</figcaption></figure>'
 
 # %% ../nbs/34_report.ipynb #b48a432a
 def _show(v):
@@ -192,11 +192,11 @@ def _summary(learn, sample, notes):
         rows.append(('nearest image has the same label', f'{(sample.labels[near]==sample.labels).float().mean():.1%}, by chance {chance:.1%}'))
     return rows+[(k,_show(v)) for k,v in (notes or {}).items()]
 
-# %% ../nbs/34_report.ipynb #374849a0
+# %% ../nbs/34_report.ipynb #9b27dfa8
 @patch
 def _crops_figure(self:Learner, n, fig):
     shown = self.swav.n_shown
-    try: return self.swav.show(n=n, fig=fig)
+    try: return self.swav.show(n=n, figsize=(.62*self.swav.n_views, .62*n+.3), fig=fig)
     finally: self.swav.n_shown = shown
 
 @patch
@@ -223,16 +223,16 @@ def swav_report(self:Learner,
         def of_sample(draw, *about): return _picture(draw, *about) if sample else _p(missing, 'soft')
         n,K = len(sample.features) if sample else 0,len(model.prototypes.weight)
         scores = _scores(model, sample.features) if sample else None
-        k,queries = min(5, n-1),torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:5].tolist()
+        k,queries = min(4, n-1),torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:5].tolist()
         names = _names(sample, sample.labels) if sample else None
         def neighbours(fig):
             sims,idxs = nearest_images(sample.features[queries], sample.features, k, queries)
             return draw_neighbours(sample.images[queries], sample.images, sims, idxs, names and [names[i] for i in queries], names, sample.note, fig=fig)
         def embedding(fig):
             xy,axis_names = project_features(sample.features, method, seed)
-            return draw_embedding(xy, sample.labels, sample.vocab, axis_names, sample.note, figsize=(5.4,4.4), fig=fig)
+            return draw_embedding(xy, sample.labels, sample.vocab, axis_names, sample.note, figsize=(4.4,3.6), fig=fig)
         note,n_shown = sample.note if sample else '',min(n_protos, K)
-        prototypes = partial(draw_prototypes, sample and sample.images, scores, n_shown, min(5, n), note)
+        prototypes = partial(draw_prototypes, sample and sample.images, scores, n_shown, min(4, n), note)
         settings = {'SWAV': _swav_settings(self), 'Model': _model_settings(model), 'Crops': _crop_settings(swav), 'Optimizer and data': _opt_settings(self)}
         sections = {
             'Summary': _html_table(_summary(self, sample, notes), 'Summary'),
@@ -240,7 +240,7 @@ def swav_report(self:Learner,
             'Training': _picture(self.plot_training, 'Training', f'ln {K}'),
             'Epochs': _epochs_table(self),
             'Crops': _picture(partial(self._crops_figure, 4), 'Crops'),
-            'Codes': _picture(partial(self.show_codes, seed=seed, figsize=(5.2,.8*swav.n_views+1.1)), 'Codes'),
+            'Codes': _picture(partial(self.show_codes, seed=seed, figsize=(4.4,.75*swav.n_views+1.1)), 'Codes'),
             'Prototypes': of_sample(prototypes, 'Prototypes', n_shown),
             'Map': of_sample(embedding, 'Map' if names else 'Map without labels', note),
             'Neighbours': of_sample(neighbours, 'Neighbours'),

@@ -190,7 +190,7 @@ def stop_on_signals(
     finally:
         for o,f in old.items(): signal.signal(o, f)
 
-# %% ../nbs/35_runs.ipynb #8be5d700
+# %% ../nbs/35_runs.ipynb #950b0329
 def _write_json(o, path):
     with atomic_path(path) as p: p.write_text(json.dumps(o, indent=1, default=str)+'\n')
 
@@ -253,6 +253,7 @@ class PretrainRun:
         encoder,given = parse_settings(settings)
         images = self.images = ImageSource(source, valid_pct, seed, n_images, skip_bad)
         preset,flips = _presets.get(source, ({},{}))
+        chosen = [*(f'encoder.{o}' for o in preset.keys()-encoder if arch is None), *(f'augs.{o}' for o in flips.keys()-given)]
         if arch is None: encoder = preset | encoder
         self.size = size or images.size
         make = lambda **kwargs: images.dls(self.size, n_in, bs, num_workers=num_workers, device=device, **kwargs)
@@ -266,6 +267,7 @@ class PretrainRun:
         except TypeError as e:
             if 'has no setting' in str(e): raise ValueError(f"{e}".replace('swav_learner', '--set')) from e
             raise
+        self.learn.recipe.reasons |= dict.fromkeys(chosen, f'chosen for {source}')
         self.epochs = self.learn.recipe['fit']['n_epoch'] if epochs is None else epochs
         if self.epochs<1: raise ValueError(f"epochs must be at least 1, got {epochs}")
 

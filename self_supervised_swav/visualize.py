@@ -23,9 +23,9 @@ from .models import SwAVModel, in_eval
 from .multiview import _own_randomness
 from .sinkhorn import sinkhorn
 
-# %% ../nbs/33_visualize.ipynb #75b03f0c
-class ImageSample(namedtuple('ImageSample', 'features images labels vocab idxs n_total')):
-    "Features (n,d) of some images, thumbnails (n,C,h,w) in uint8, labels (n,) or None and their names, indices into a data set of `n_total`"
+# %% ../nbs/33_visualize.ipynb #55188263
+class ImageSample(namedtuple('ImageSample', 'features images labels vocab idxs n_total dl', defaults=[None])):
+    "Features (n,d) of some images, thumbnails (n,C,h,w) in uint8, labels (n,) or None and their names, indices into the data set of `n_total` that `dl` loads"
     @property
     def note(self):
         n = len(self.features)
@@ -63,7 +63,7 @@ class _Keeping:
             yield b
             if seen>=self.n: return
 
-# %% ../nbs/33_visualize.ipynb #81b78cbc
+# %% ../nbs/33_visualize.ipynb #542b0b0c
 def _named(labels):
     "Integers and their names"
     if isinstance(labels, torch.Tensor): return labels.cpu(),None
@@ -87,6 +87,12 @@ def _labels_for(labels, targets, dl, idxs, n_total, n):
     y,vocab = _named(labels)
     return (y[:n] if idxs is None else y[idxs]),vocab
 
+def _look_at(learn, dl, n, progress=False):
+    "Features, thumbnails and targets of the first `n` images of `dl`"
+    part = _Keeping(dl, n)
+    features,targets = extract_features(learn, part, progress=progress)
+    return features[:n],torch.cat(part.images)[:n],None if targets is None else targets[:n]
+
 @patch
 def sample_images(self:Learner,
     ds_idx:int=0, # Which DataLoader of `dls`: 0 the training set, 1 the validation set
@@ -102,11 +108,9 @@ def sample_images(self:Learner,
     with _own_randomness(seed, dl):
         n_total = dl.n if isinstance(dl, DataLoader) else None
         idxs = None if n_total is None else torch.randperm(n_total)[:max_images].sort().values.tolist()
-        part = _Keeping(dl if idxs is None else _in_part(dl, idxs), max_images)
-        features,targets = extract_features(self, part, progress=progress)
-    n = min(len(features), max_images)
-    labels,vocab = _labels_for(labels, None if targets is None else targets[:n], dl, idxs, n_total, n)
-    return ImageSample(features[:n], torch.cat(part.images)[:n], labels, vocab, idxs, n_total)
+        features,images,targets = _look_at(self, dl if idxs is None else _in_part(dl, idxs), max_images, progress)
+    labels,vocab = _labels_for(labels, targets, dl, idxs, n_total, len(features))
+    return ImageSample(features, images, labels, vocab, idxs, n_total, dl)
 
 # %% ../nbs/33_visualize.ipynb #55d98bac
 _small = 8  # points
@@ -136,7 +140,7 @@ def _label_row(ax, text):
 def _check_finite(name, x):
     if not all(o.isfinite().all() for o in x.split(1<<14)): raise ValueError(f"{name} must be finite, got nan or inf")
 
-# %% ../nbs/33_visualize.ipynb #e4326982
+# %% ../nbs/33_visualize.ipynb #b82117f9
 def draw_prototypes(
     images, # (N,C,h,w) images, in uint8 or [0,1]
     scores, # (N,K) their cosines with the prototypes
@@ -161,7 +165,7 @@ def draw_prototypes(
         which = 'most used' if r==0 else 'least used' if r==n_most else ''
         lines = [which, f'{usage[c]:.1%} of images', f'prototype {c}', f'cosine {sims[0,r]:.2f} to {sims[-1,r]:.2f}']
         _label_row(axes[r*k], '\n'.join(filter(None, lines)))
-    used = f'{(usage>0).sum()} of {K} prototypes are some image\'s nearest; an even share is {1/K:.2%}'
+    used = f'{(usage>0).sum()} of {K} prototypes are an image\'s nearest; even share: {1/K:.2%}'
     fig.suptitle('Images nearest to prototypes'+(f' ({note})' if note else '')+f'\n{used}', fontsize=_small+1)
     return axes
 
@@ -199,7 +203,7 @@ def show_prototypes(self:Learner,
     if sample is None: sample = self.sample_images(max_images=max_images)
     return draw_prototypes(sample.images, _scores(model, sample.features), n, k, note=sample.note, **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #b1f6ace8
+# %% ../nbs/33_visualize.ipynb #5d977f68
 def _thin(ys, most=1500):
     "Steps and values, means over blocks where there are more than `most`; and the length of a block"
     ys = torch.as_tensor(ys, dtype=torch.float64)
@@ -232,7 +236,7 @@ def draw_training(
     "Loss, signs of collapse and learning rate over the steps of a training"
     panels = ['loss', *(['codes','use'] if history else []), *(['lr'] if lrs is not None and len(lrs) else [])]
     heights = [1.6 if o=='loss' else 1 for o in panels]
-    fig,axes = _new_axes(len(panels), 1, figsize or (5.4, .6+1.7*len(panels)), fig, sharex=True, height_ratios=heights)
+    fig,axes = _new_axes(len(panels), 1, figsize or (4.8, .6+1.75*len(panels)), fig, sharex=True, height_ratios=heights)
     ax = dict(zip(panels, axes))
     if smoothed: _line(ax['loss'], losses, 'training, smoothed', color='tab:blue')
     else:
@@ -248,8 +252,8 @@ def draw_training(
         _line(ax['codes'], history['code_entropy'], 'single codes (1: all alike)', color='tab:red')
         _line(ax['codes'], history['mean_code_entropy'], 'mean code (1: all used)', color='tab:green')
         ax['codes'].set(ylabel='entropy / ln K', ylim=(-.03,1.08))
-        _line(ax['use'], history['proto_usage'], 'prototypes used in the last epoch', color='tab:green')
-        _line(ax['use'], history['feature_spread'], 'spread of the embeddings', color='tab:purple')
+        _line(ax['use'], history['proto_usage'], 'prototypes used (last epoch)', color='tab:green')
+        _line(ax['use'], history['feature_spread'], 'spread of embeddings', color='tab:purple')
         ax['use'].set(ylabel='share', ylim=(-.03,1.08))
     if 'lr' in ax:
         _line(ax['lr'], lrs, 'of the last group of parameters', color='tab:gray')
@@ -257,7 +261,7 @@ def draw_training(
     for (what,step),color in zip((marks or {}).items(), ('black','tab:brown')):
         for a in axes: a.axvline(step, color=color, lw=1, ls=':', label=f'{what}: step {step}' if a is axes[0] else None)
     for a in axes:
-        a.legend(loc='lower left', bbox_to_anchor=(0,1), ncols=2, fontsize=_small, frameon=False, borderpad=.2)  # above: it covers nothing
+        a.legend(loc='lower left', bbox_to_anchor=(0,1), ncols=2, fontsize=_small, frameon=False, borderpad=.2, columnspacing=1, handlelength=1.4)  # above: it covers nothing
         a.grid(alpha=.25)
     fig.suptitle('Curves of the training', fontsize=_small+2)
     axes[-1].set_xlabel('step')
@@ -372,7 +376,7 @@ def plot_embedding(self:Learner,
     xy,names = project_features(sample.features, method)
     return draw_embedding(xy, None if labels is False else sample.labels, sample.vocab, names, sample.note, **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #be310439
+# %% ../nbs/33_visualize.ipynb #33913d77
 def nearest_images(
     queries, # (q,d) features
     features, # (n,d) features
@@ -391,6 +395,10 @@ def nearest_images(
         out.append(sims.topk(k, 1))
     return tuple(torch.cat(o) for o in zip(*out))
 
+def _short(name, most=11):
+    "As much of a name as stands above a small picture"
+    return name if len(name)<=most else name[:most-1]+'…'
+
 def draw_neighbours(
     queries, # (q,C,h,w) images, in uint8 or [0,1]
     images, # (n,C,h,w) images
@@ -404,20 +412,20 @@ def draw_neighbours(
 )->list: # The axes, row by row
     "Images and their neighbours, a row each"
     q,k = idxs.shape
-    fig,axes = _new_axes(q, k+1, figsize or (.8*(k+1), 1.05*q+.6), fig)
+    fig,axes = _new_axes(q, k+1, figsize or (.8*(k+1), (1.05 if query_names is None and names is None else 1.2)*q+.6), fig)
     for r in range(q):
         own = query_names[r] if query_names is not None else None
-        _draw_image(_drawable(queries[r][None])[0], axes[r*(k+1)], 'image' if own is None else f'image: {own}', 'tab:blue')
+        _draw_image(_drawable(queries[r][None])[0], axes[r*(k+1)], 'image' if own is None else f'{_short(own)}\nimage', 'tab:blue')
         for i,(s,j) in enumerate(zip(sims[r].tolist(), idxs[r].tolist()), 1):
             name = names[j] if names is not None else None
             wrong = own is not None and name is not None and name!=own
-            title = f'{s:.2f}' if name is None else f"{'≠ ' if wrong else ''}{name}, {s:.2f}"
+            title = f'{s:.2f}' if name is None else f"{'≠ ' if wrong else ''}{_short(name)}\n{s:.2f}"
             _draw_image(_drawable(images[j][None])[0], axes[r*(k+1)+i], title, 'tab:red' if wrong else None)
     what = 'cosine' if names is None else 'label, cosine'
     fig.suptitle(f'Nearest images, the nearest first ({what})'+(f'\namong {note}' if note else ''), fontsize=_small+1)
     return axes
 
-# %% ../nbs/33_visualize.ipynb #cfdfd04d
+# %% ../nbs/33_visualize.ipynb #9d76cecc
 def _names(sample, labels): return None if labels is None else [sample.vocab[int(o)] if sample.vocab else str(int(o)) for o in labels]
 
 def _query(learn, image, sample):
@@ -428,15 +436,15 @@ def _query(learn, image, sample):
         place = image if sample.idxs is None else sample.idxs.index(image) if image in sample.idxs else None
         if place is not None:
             return sample.images[place],sample.features[place],None if sample.labels is None else sample.labels[place],place
-        dl = _in_part(learn.dls.train, [image])
+        dl = _in_part(sample.dl, [image])
     else: dl = learn.dls.test_dl([image])
-    q = learn.sample_images(dl=dl, labels=False)
-    return q.images[0],q.features[0],None,-1
+    with _own_randomness(0, dl): features,images,_ = _look_at(learn, dl, 1)
+    return images[0],features[0],None,-1
 
 @patch
 @delegates(draw_neighbours, but=['query_names','names','note'])
 def show_neighbours(self:Learner,
-    image=0, # Index of a training image, an image as the data's transforms take it (a file, for instance), or a list of them
+    image=0, # Index into the data set of the sample, an image as the data's transforms take it (a file, for instance), or a list of them
     k:int=8, # Neighbours
     sample:ImageSample=None, # Where to look, from `sample_images` (default: a new one)
     max_images:int=5000, # Images of a new one, at most
@@ -449,7 +457,7 @@ def show_neighbours(self:Learner,
     names,own_names = _names(sample, sample.labels),[None if o is None else _names(sample, [o])[0] for o in labels]
     return draw_neighbours(images, sample.images, sims, idxs, names and own_names, names, sample.note, **kwargs)
 
-# %% ../nbs/33_visualize.ipynb #0a1d89ff
+# %% ../nbs/33_visualize.ipynb #f25de8de
 def draw_codes(
     crops, # V crops (C,h,w) of an image
     codes, # (A,K) codes of the assigned crops
@@ -478,7 +486,7 @@ def draw_codes(
         ax.set(xticks=xs, xticklabels=top.tolist() if v==V-1 else [], xlim=(-.6,n_top-.4), ylim=(0,1.5*most), yticks=[0, round(most, 2)])
         ax.tick_params(labelsize=_small)
         ax.spines[['top','right']].set_visible(False)
-    axes[-1].set_xlabel(f'prototype: the {n_top} that matter most for this image, of {K}')
+    axes[-1].set_xlabel(f'prototype: the {n_top} that matter most here, of {K}')
     bars = [Patch(color='tab:blue', label='code: share that is assigned'),Patch(color='tab:orange', label='prediction: probability')]
     fig.legend(handles=bars, loc='outside lower center', ncols=2, fontsize=_small, frameon=False)
     about = '; '.join(filter(None, [note, f'ln {K} = {math.log(K):.2f} is the loss of predicting nothing']))

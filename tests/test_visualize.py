@@ -217,16 +217,24 @@ def test_neighbours_drawn(trained):
     s = trained.sample_images(max_images=30)
     axes = trained.show_neighbours([s.idxs[4]], 5, sample=s)
     own,first = str(int(s.labels[4])),nearest_images(s.features[4:5], s.features, 5, [4])[1][0]
-    assert len(axes)==6 and axes[0].get_title()==f'image: {own}'
+    assert len(axes)==6 and axes[0].get_title()==f'{own}\nimage'
     for ax,j in zip(axes[1:], first.tolist()):
-        assert ax.get_title().split(',')[0]==('' if str(int(s.labels[j]))==own else '≠ ')+str(int(s.labels[j]))
+        assert ax.get_title().split('\n')[0]==('' if str(int(s.labels[j]))==own else '≠ ')+str(int(s.labels[j]))
         np.testing.assert_allclose(ax.images[0].get_array(), s.images[j,0].numpy()/255, atol=1e-6)
-    outside = next(i for i in range(64) if i not in s.idxs)
-    axes = trained.show_neighbours([outside, s.idxs[4]], 5, sample=s)
-    np.testing.assert_allclose(axes[0].images[0].get_array(), trained.dls.train_ds.x[outside,0].numpy(), atol=.5/255+1e-6)
+    for part,n in ((0,64),(1,16)):  # images outside the sample, of the sample's own data set
+        s = trained.sample_images(part, max_images=n//2)
+        outside = [i for i in range(n) if i not in s.idxs][-2:]
+        axes = trained.show_neighbours([*outside, s.idxs[4]], 5, sample=s)
+        for ax,i in zip(axes[::6], [*outside, s.idxs[4]]):
+            np.testing.assert_allclose(ax.images[0].get_array(), trained.dls[part].dataset.x[i,0].numpy(), atol=.5/255+1e-6)
+        wanted = nearest_images(extract_features(trained, trained.dls[part], progress=False)[0][outside[:1]], s.features, 1)[0]
+        assert axes[1].get_title().endswith(f'{wanted.item():.2f}')
     assert len(trained.show_neighbours(trained.dls.valid_ds.x[0], 3))==4
     with pytest.raises(ValueError, match='index from 0 to 63, got 64'): trained.show_neighbours(64)
     assert draw_neighbours(torch.rand(1,3,4,4), torch.rand(5,3,4,4), torch.rand(1,2), torch.tensor([[1,2]]))[1].get_title()
+    long = ['a name that is long', 'short']
+    axes = draw_neighbours(torch.rand(1,3,4,4), torch.rand(2,3,4,4), torch.rand(1,1), torch.tensor([[1]]), long[:1], long)
+    assert [ax.get_title().split('\n')[0] for ax in axes]==['a name tha…', '≠ short']
 
 def test_codes_by_hand():
     codes,preds = torch.tensor([[.5,.5,0.],[1,0,0]]),torch.tensor([[.2,.2,.6],[.25,.25,.5],[.5,.25,.25]])
