@@ -197,7 +197,7 @@ def few_labels(out, arm, s, seed, i, todo=True):
         if encoder is not None: encoder.load_state_dict(load_file(out/f"{arm.replace(' ', '-')}-{seed}.safetensors"))
         dls = few_label_splits(get_dls(s, seed), n_per_class=n, seed=seed)
         r = dict(probe=few_probe(*features(dls, encoder), seed))
-        if arm in ('raw pixels','lightly'): return r  # which package trains the classifier is another question
+        if arm=='raw pixels': return r
         set_seed(seed)
         return r|dict(tuned=tuned(encoder, dls, s['tune_epochs'][i], arm!='untrained encoder'))
     if base is None: return None

@@ -222,7 +222,7 @@ def few_label_splits(
     n_per_class:int|None=None, # Training images of each class
     fraction:float|None=None, # Or the share of each class, in (0,1]
     seed:int=42 # Which ones
-)->DataLoaders: # The few for training, in batches that leave none out, and the validation set of `dls`
+)->DataLoaders: # The few for training, in whole batches that leave out hardly any, and the validation set of `dls`
     "DataLoaders with few labelled training images"
     ds = dls.train.dataset
     idxs = few_label_idxs(_labels_of(ds), n_per_class, fraction, seed).tolist()
