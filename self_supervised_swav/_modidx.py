@@ -269,6 +269,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'self_supervised_swav/encoders.py'),
                                                'self_supervised_swav.encoders._is_timm': ( 'encoders.html#_is_timm',
                                                                                            'self_supervised_swav/encoders.py'),
+                                               'self_supervised_swav.encoders._naming': ( 'encoders.html#_naming',
+                                                                                          'self_supervised_swav/encoders.py'),
                                                'self_supervised_swav.encoders._no_weights': ( 'encoders.html#_no_weights',
                                                                                               'self_supervised_swav/encoders.py'),
                                                'self_supervised_swav.encoders._pool_name': ( 'encoders.html#_pool_name',

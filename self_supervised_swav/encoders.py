@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PoolingType', 'create_timm_encoder', 'create_fastai_encoder', 'create_encoder']
 
-# %% ../nbs/09_encoders.ipynb #97975d44
+# %% ../nbs/09_encoders.ipynb #5f99f42b
 import difflib, inspect, re
+from contextlib import contextmanager
 from enum import Enum
 
 import timm, torchvision
@@ -60,7 +61,7 @@ def _small_patches(patch_embed):
     patch = max(1, round(patch_embed.patch_size[0]/4))
     return dict(patch_size=patch, img_size=tuple(n*patch for n in patch_embed.grid_size))
 
-# %% ../nbs/09_encoders.ipynb #cddf4189
+# %% ../nbs/09_encoders.ipynb #c543b3a6
 def _no_weights(arch, e):
     return RuntimeError(f"no pretrained weights for {arch!r} ({e}): they need a connection to the internet "
                         "and the unchanged architecture; pretrained=False starts from random weights")
@@ -98,11 +99,21 @@ def create_timm_encoder(
         else: model = _timm_model(arch, pretrained, **{**_small_patches(patches), **args})
     return _remember(model, 'timm', arch, n_in=n_in, pool_type=_pool_name(pool_type), small_images=small_images, **kwargs)
 
+@contextmanager
+def _naming(arch, kwargs):
+    "A short error where `arch` does not know one of `kwargs`"
+    try: yield
+    except TypeError as e:
+        name = next((o for o in kwargs if f"argument '{o}'" in str(e)), None)
+        if name is None: raise
+        raise TypeError(f"arch={arch!r} takes no argument {name!r}") from e
+
 def _timm_model(arch, pretrained, **kwargs):
     try:
-        try: return timm.create_model(arch, pretrained=pretrained, **{'dynamic_img_size':True, **kwargs})
-        except TypeError as e: # raised before anything is built or downloaded
-            if 'dynamic_img_size' not in str(e): raise
+        with _naming(arch, kwargs):
+            try: return timm.create_model(arch, pretrained=pretrained, **{'dynamic_img_size':True, **kwargs})
+            except TypeError as e: # raised before anything is built or downloaded
+                if 'dynamic_img_size' not in str(e): raise
             return timm.create_model(arch, pretrained=pretrained, **kwargs)
     except AssertionError as e:
         if 'pool' not in str(e).lower(): raise
@@ -112,7 +123,7 @@ def _timm_model(arch, pretrained, **kwargs):
         if not pretrained: raise
         raise _no_weights(arch, e) from e
 
-# %% ../nbs/09_encoders.ipynb #be91541d
+# %% ../nbs/09_encoders.ipynb #fea78d81
 def create_fastai_encoder(
     arch, # Function of an architecture of fastai or torchvision, or its name
     n_in:int=3, # Channels of the images
@@ -128,7 +139,8 @@ def create_fastai_encoder(
     name = getattr(arch, '__name__', repr(arch))
     if 'weights' in inspect.signature(arch).parameters: weights = dict(weights='DEFAULT' if pretrained else None)
     else: weights = dict(pretrained=pretrained)
-    try: model = arch(**{**weights, **kwargs})
+    try:
+        with _naming(name, kwargs): model = arch(**{**weights, **kwargs})
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise _no_weights(name, e) from e

@@ -190,7 +190,7 @@ def stop_on_signals(
     finally:
         for o,f in old.items(): signal.signal(o, f)
 
-# %% ../nbs/35_runs.ipynb #950b0329
+# %% ../nbs/35_runs.ipynb #a6743091
 def _write_json(o, path):
     with atomic_path(path) as p: p.write_text(json.dumps(o, indent=1, default=str)+'\n')
 
@@ -265,7 +265,7 @@ class PretrainRun:
             cbs.append(KNNMetric(part, k=min(20, len(part.train_ds))))
         try: self.learn = swav_learner(dls, arch or 'resnet18', encoder=encoder, cbs=cbs, **flips | given)
         except TypeError as e:
-            if 'has no setting' in str(e): raise ValueError(f"{e}".replace('swav_learner', '--set')) from e
+            if 'has no setting' in str(e) or 'takes no argument' in str(e): raise ValueError(f"{e}".replace('swav_learner', '--set')) from e
             raise
         self.learn.recipe.reasons |= dict.fromkeys(chosen, f'chosen for {source}')
         self.epochs = self.learn.recipe['fit']['n_epoch'] if epochs is None else epochs

@@ -74,7 +74,7 @@ def test_stopped_runs_go_on(tmp_path, command, monkeypatch):
 
 @pytest.mark.parametrize('args,match', [
     (['nowhere'], 'source must be a folder'), (['empty'], 'no image files found in'), (['junk'], 'not readable images'), (['junk','--skip-bad'], 'no readable image in'),
-    (['digits','--resume'], 'no checkpoint in'), (['digits','--arch','resnet_18'], 'close ones: resnet18'), (['digits','--set','n_proto=3'], "did you mean 'n_protos'"),
+    (['digits','--resume'], 'no checkpoint in'), (['digits','--arch','resnet_18'], 'close ones: resnet18'), (['digits','--set','n_proto=3'], "did you mean 'n_protos'"), (['digits','--set','encoder.layer=3'], "arch='resnet18' takes no argument 'layer'"),
     (['digits','--set','eps'], 'name=value'), (['digits','--set','eps=-1'], 'eps must be positive'), (['digits','--epochs','0'], 'epochs must be at least 1'),
     (['digits','--n-in','3'], 'n_in must be 1 for digits'), (['digits','--valid-pct','1.5'], 'valid_pct must be')])
 def test_refused(tmp_path, monkeypatch, command, args, match):

@@ -3,7 +3,7 @@ import inspect, pickle
 
 import pytest, timm, torch
 from fastai.vision.models import resnet18, vit_b_16
-from fastai.vision.models.xresnet import xresnet18, xse_resnext18
+from fastai.vision.models.xresnet import xresnet18, xresnet34, xse_resnext18
 from self_supervised_swav.encoders import PoolingType, create_encoder, create_fastai_encoder, create_timm_encoder
 
 vit, swin = dict(depth=1), dict(depths=(1,1), num_heads=(3,6))  # two of timm's fixed-size transformers, made small
@@ -131,7 +131,8 @@ def test_names():
     (ValueError, "stem of 'vgg11_bn' is unknown", dict(arch='vgg11_bn', small_images=True)),
     (ValueError, "stem of 'xcit_nano_12_p16_224' is unknown", dict(arch='xcit_nano_12_p16_224', small_images=True)),
     (ValueError, "'vit_b_16' has no pooling to cut at", dict(arch=vit_b_16)),
-    (TypeError, 'no_such_argument', dict(arch='resnet18', no_such_argument=1)),
+    *((TypeError, f"arch='{a}' takes no argument 'layer'", dict(arch=o, layer=1))
+      for a,o in dict(resnet18='resnet18', vit_tiny_patch16_224='vit_tiny_patch16_224', xresnet34=xresnet34, vit_b_16=vit_b_16).items()),
 ])
 def test_errors(error, match, args):
     with pytest.raises(error, match=match): create_encoder(pretrained=False, **args)
