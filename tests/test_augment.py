@@ -248,7 +248,6 @@ def test_memory_is_written_again_when_nobody_holds_it(photos):
         del held
     place = places(aug.crops(photos, 2))
     assert places(aug.crops(photos, 2))==place
-    assert not places(aug.crops(photos, 3)) & places(aug.crops(photos, 2))
     with torch.inference_mode(): aug.crops(photos, 2)
     (aug.crops(photos, 2)[0]*torch.ones(1, requires_grad=True)).sum().backward()  # tensors of inference mode cannot be saved for that
     for other in (pickle.loads(pickle.dumps(aug)), copy.deepcopy(aug)): assert other.memory.last is None
