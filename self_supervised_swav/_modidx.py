@@ -849,6 +849,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._column_logsumexp': ( 'sinkhorn.html#_column_logsumexp',
                                                                                                     'self_supervised_swav/sinkhorn.py'),
+                                               'self_supervised_swav.sinkhorn._column_mass': ( 'sinkhorn.html#_column_mass',
+                                                                                               'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._column_scale': ( 'sinkhorn.html#_column_scale',
                                                                                                 'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._finish': ( 'sinkhorn.html#_finish',

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# %% ../nbs/00_sinkhorn.ipynb #1c569cc0
+# %% ../nbs/00_sinkhorn.ipynb #9c457863
 _MAX_RANGE = {torch.float32: 68., torch.float64: 650.}  # of scores/eps, for plain arithmetic
-_N_CACHE = 1<<18  # entries of a block: it and its scores stay in a core's own cache
+_N_CACHE = 1<<19  # entries of a block: it and its scores stay near a core
 _N_BLOCK = 1<<24  # the same where memory is fast and launches are dear: a bound on temporaries
 
 def _last_cache():
@@ -29,31 +29,34 @@ def _blocks(x, *others, whole=0):
 
 def _column_scale(mass):
     "The `u` that makes the columns even, given their sums, up to the constant that makes it sum to 1"
-    u = mass.clamp_(min=torch.finfo(mass.dtype).tiny).reciprocal_()
+    u = mass.reciprocal_()
     return u.div_(u.sum())
 
 def _all_reduce(x, group, op=dist.ReduceOp.SUM):
     if group is not None: dist.all_reduce(x, op, group=group)
     return x
 
-# %% ../nbs/00_sinkhorn.ipynb #31fb9d8b
+# %% ../nbs/00_sinkhorn.ipynb #6d47c200
 def _plain(S, eps, n_iters, mid, group, Q):
     "Write the codes of `S` into `Q`; entries of exp((S-mid)/eps) must be representable"
-    blocks,shift,u = _blocks(S, Q, S.new_ones(len(S)), whole=_N_WHOLE),S.new_full((), -mid/eps),S.new_empty(S.shape[1])
-    for i in range(n_iters):
-        mass = torch.zeros_like(u)
-        for s,q,v in blocks:
-            if i==0: torch.add(shift, s, alpha=1/eps, out=q).exp_()
-            else: torch.mv(q, u, out=v).reciprocal_()
-            mass.addmv_(q.T, v)
-        u = _column_scale(_all_reduce(mass, group))
+    blocks,u = _blocks(S, Q, whole=_N_WHOLE),None
+    for _ in range(n_iters):
+        masses = [_column_mass(s, q, eps, mid, u) for s,q in blocks]
+        u = _column_scale(_all_reduce(masses[0] if len(masses)==1 else torch.stack(masses).sum(0), group))
     _finish(Q, u)
+
+def _column_mass(s, q, eps, mid, u):
+    "Column sums of a block: in the first turn of its exponentials, which are written to `q`, then of its rows scaled to the sum 1 under `u`"
+    if u is not None: return torch.mv(q.T, torch.mv(q, u).reciprocal_())
+    if mid: torch.add(s.new_full((), -mid/eps), s, alpha=1/eps, out=q)
+    else: torch.mul(s, 1/eps, out=q)
+    return q.exp_().sum(0)
 
 def _finish(Q, u):
     "Scale every row to the sum 1 under `u`, and columns by `u`"
     for q, in _blocks(Q): q.mul_((q@u).reciprocal_()[:,None]).mul_(u)
 
-# %% ../nbs/00_sinkhorn.ipynb #7e7ce104
+# %% ../nbs/00_sinkhorn.ipynb #65be9acd
 _N_PLAIN = 3  # plain turns between two turns in the log domain
 
 def _column_logsumexp(blocks, eps, n_columns, group):
@@ -81,7 +84,7 @@ def _stable(S, eps, n_iters, mid, group, Q):
         for _ in range(min(n_iters-1, _N_PLAIN)):
             mass = torch.zeros_like(u)
             for _,q,_,v_ in blocks: mass += v_@q
-            u = _column_scale(_all_reduce(mass, group))
+            u = _column_scale(_all_reduce(mass, group).clamp_(min=torch.finfo(mass.dtype).tiny)) # a column may have vanished
             for _,q,_,v_ in blocks: v_.copy_(q@u).reciprocal_()
         g += v.log()
         n_iters -= 1+_N_PLAIN
