@@ -24,7 +24,7 @@ from .multiview import _own_randomness
 from .sinkhorn import sinkhorn
 
 # %% ../nbs/33_visualize.ipynb #55188263
-class ImageSample(namedtuple('ImageSample', 'features images labels vocab idxs n_total dl', defaults=[None])):
+class ImageSample(namedtuple('ImageSample', 'features images labels vocab idxs n_total dl')):
     "Features (n,d) of some images, thumbnails (n,C,h,w) in uint8, labels (n,) or None and their names, indices into the data set of `n_total` that `dl` loads"
     @property
     def note(self):

@@ -12,16 +12,7 @@ from self_supervised_swav.report import _data_uri
 
 sections = 'Summary Alarms Training Epochs Crops Codes Prototypes Map Neighbours Settings Recipe Versions'.split()
 
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    plt.close('all')
-
-@pytest.fixture(scope='module')
-def trained():
-    learn = small_learner(n=80, labelled=True, cbs=[CollapseMonitor()], K=16, queue_start_pct=.5)
-    learn.fit(2, 3e-3)
-    return learn
+pytestmark = pytest.mark.usefixtures('closed_figures')
 
 class Page(HTMLParser):
     "Tags that close in order, headings, pictures, addresses"

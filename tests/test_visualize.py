@@ -1,4 +1,4 @@
-"Pictures say what the tensors say, leave the Learner alone, and fit on a page that opens anywhere."
+"Pictures say what the tensors say, and leave the Learner alone."
 import random, re, sys, types
 import matplotlib.pyplot as plt, numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.schedule import *  # noqa: F403  fit_one_cycle
@@ -12,21 +12,11 @@ from helpers import digits, seed_all, small_augs, small_learner
 from self_supervised_swav.data import tensor_dls
 from self_supervised_swav.evaluate import extract_features
 from self_supervised_swav.models import create_swav_model
-from self_supervised_swav.monitor import CollapseMonitor
 from self_supervised_swav.swav import SWAV
 from self_supervised_swav.visualize import (
     _drawable, _running_mean, _scores, draw_codes, draw_embedding, draw_neighbours, draw_prototypes, draw_training, nearest_images, project_features)
 
-@pytest.fixture(autouse=True)
-def _closed():
-    yield
-    plt.close('all')
-
-@pytest.fixture(scope='module')
-def trained():
-    learn = small_learner(n=80, labelled=True, cbs=[CollapseMonitor()], K=16, queue_start_pct=.5)
-    learn.fit(2, 3e-3)
-    return learn
+pytestmark = pytest.mark.usefixtures('closed_figures')
 
 def texts(ax): return [t.get_text() for t in ax.texts]
 
