@@ -33,3 +33,13 @@ def small_learner(n=100, labelled=False, bs=16, augs=None, n_in=1, n_protos=20, 
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
     return learn
+
+def rounding(dtype, n=1, size=1.):
+    """How far two results can be apart that differ in rounding alone: each is the outcome of `n` roundings of values up to `size`.
+
+    A rounding changes a value by at most eps/2 of it, so `n` in a row by at most g = (n*eps/2)/(1-n*eps/2), and two results differ by
+    twice that. A sum or dot product of n terms, added in any order: `n` terms and `size` the sum of their absolute values.
+    """
+    half = n*torch.finfo(dtype).eps/2
+    if half>=1: raise ValueError(f"{n} roundings in {dtype} leave no digit that is certain")
+    return 2*half/(1-half)*size
