@@ -9,18 +9,27 @@ __all__ = ['nearest_neighbors', 'weighted_knn']
 import torch, torch.nn.functional as F
 
 # %% ../nbs/03_knn.ipynb #583b6819
-def _check_knn(features, bank, labels, k, temp, n_classes, chunk):
+def _check_search(features, bank, k, chunk, own):
     for nm,t in dict(features=features, bank=bank).items():
         if t.ndim != 2: raise ValueError(f"{nm} must have 2 dimensions, images and features, got shape {tuple(t.shape)}")
-        if not t.isfinite().all(): raise ValueError(f"{nm} must be finite, got nan or inf")
+        if not all(o.isfinite().all() for o in t.split(1<<14)): raise ValueError(f"{nm} must be finite, got nan or inf")
     if features.shape[1] != bank.shape[1]:
         raise ValueError(f"features and bank must have the same width, got {features.shape[1]} and {bank.shape[1]}")
+    if own is not None and (own.shape != features.shape[:1] or own.is_floating_point() or (own >= len(bank)).any()):
+        raise ValueError(f"own must hold one row number of the bank, less than {len(bank)}, for each of the "
+                         f"{len(features)} features, got shape {tuple(own.shape)}, {own.dtype}")
+    left_out = own is not None and bool((own >= 0).any())
+    if not 1 <= k <= len(bank)-left_out:
+        others = " but its own" if left_out else ""
+        raise ValueError(f"k must be between 1 and the bank's {len(bank)-left_out} rows{others}, got {k}")
+    if not chunk > 0: raise ValueError(f"chunk must be positive, got {chunk}")
+
+def _check_votes(bank, labels, temp, n_classes):
     if labels.shape != bank.shape[:1]:
         raise ValueError(f"labels must hold one class for each of the bank's {len(bank)} rows, got shape {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex(): raise TypeError(f"labels must be integers, got {labels.dtype}")
-    if not 1 <= k <= len(bank): raise ValueError(f"k must be between 1 and the bank's {len(bank)} rows, got {k}")
     if not temp > 0: raise ValueError(f"temp must be positive, got {temp}")
-    if not chunk > 0: raise ValueError(f"chunk must be positive, got {chunk}")
+    if not len(bank): raise ValueError("bank must hold at least one row, got none")
     lo,hi = labels.min().item(),labels.max().item()
     if lo < 0: raise ValueError(f"labels must not be negative, got {lo}")
     if n_classes is not None and hi >= n_classes: raise ValueError(f"labels must be less than n_classes={n_classes}, got {hi}")
@@ -31,16 +40,25 @@ def _check_knn(features, bank, labels, k, temp, n_classes, chunk):
 def nearest_neighbors(
     features, # (n,d) features in question
     bank, # (N,d) features to search
-    k:int=20, # Number of neighbours
+    k:int=20, # Number of neighbors
     chunk:int=4096, # Rows of `features` and of `bank` compared at a time
+    own=None # (n,) row of the bank that is the image itself and no neighbor of it; -1 where there is none
 ):
     "Cosine similarities to the `k` most similar rows of `bank`, best first, and their indices: both (n,k)"
+    features,bank = (o.as_subclass(torch.Tensor) for o in (features,bank))  # fastai's types do not mix
+    if own is not None: own = torch.as_tensor(own, device=features.device)
+    _check_search(features, bank, k, chunk, own)
     sims,idxs = [],[]
     bank = [F.normalize(b.float(), dim=1) for b in bank.split(chunk)]
-    for f in features.split(chunk):
+    for i,f in enumerate(features.split(chunk)):
         f,best,start = F.normalize(f.float(), dim=1),None,0
         for b in bank:
-            sim,idx = (f @ b.T).topk(min(k, len(b)), dim=1)
+            sim = f @ b.T
+            if own is not None:
+                col = own[i*chunk:i*chunk+len(f)]-start
+                row = ((col >= 0) & (col < len(b))).nonzero()[:,0]
+                sim[row,col[row]] = -torch.inf
+            sim,idx = sim.topk(min(k, len(b)), dim=1)
             idx,start = idx+start,start+len(b)
             if best is not None:
                 sim,idx = torch.cat([best[0], sim], 1),torch.cat([best[1], idx], 1)
@@ -63,7 +81,6 @@ def weighted_knn(
 ):
     "Votes (n,n_classes) of the `k` nearest neighbours by cosine similarity; rows sum to 1, `argmax(1)` predicts"
     features,bank,labels = (o.as_subclass(torch.Tensor) for o in (features,bank,labels))  # fastai's types do not mix
-    n_classes = _check_knn(features, bank, labels, k, temp, n_classes, chunk)
-    if not len(features): return features.new_zeros(0, n_classes, dtype=torch.float32)
+    n_classes = _check_votes(bank, labels, temp, n_classes)
     sim,idx = nearest_neighbors(features, bank, k, chunk)
     return sim.new_zeros(len(sim), n_classes).scatter_add_(1, labels.long()[idx], (sim/temp).softmax(1))

@@ -21,6 +21,24 @@ def test_equals_definition(n, N, k, chunk, temp):
     votes = weighted_knn(f, b, y, k=k, temp=temp, n_classes=5, chunk=chunk)
     torch.testing.assert_close(votes.double(), full_votes(f, b, y, k, temp, 5), atol=2e-6, rtol=0)
 
+def test_an_image_is_no_neighbor_of_its_own():
+    "Its row is left out wherever the blocks end; -1 leaves out nothing"
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    sims = normalize(x.double(), dim=1) @ normalize(x.double(), dim=1).T
+    for chunk in (7, 25, 4096):
+        own = torch.arange(50).where(torch.arange(50)%3 > 0, -1)
+        want = sims.clone()
+        want[own >= 0, own[own >= 0]] = -torch.inf
+        got, idxs = nearest_neighbors(x, x, 9, chunk, own)
+        # a float32 cosine: 6 products, two norms, none above 1
+        eps = 16*torch.finfo(torch.float32).eps
+        torch.testing.assert_close(got.double(), want.gather(1, idxs), atol=eps, rtol=0)
+        torch.testing.assert_close(got.double(), want.topk(9, 1).values, atol=eps, rtol=0)
+        assert all(len(set(o)) == 9 for o in idxs.tolist())
+    assert not (nearest_neighbors(x, x, 49, own=range(50))[1] == torch.arange(50)[:, None]).any()
+    with pytest.raises(ValueError, match="k must be between 1 and the bank's 49 rows but its own, got 50"): nearest_neighbors(x, x, 50, own=range(50))
+    with pytest.raises(ValueError, match='own must hold one row number of the bank, less than 50, for each of the 50'): nearest_neighbors(x, x, 3, own=[1, 2])
+
 def test_no_overflow():
     "exp(1/0.001) is no float32"
     f = torch.eye(3)
