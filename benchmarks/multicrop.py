@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms as T
 
-from self_supervised_swav.augment import get_swav_aug_pipelines, multi_crop
+from self_supervised_swav.augment import MultiCrop, get_swav_aug_pipelines
 
 sizes = dict(num_crops=(2,6), crop_sizes=(224,96), min_scales=(.25,.05), max_scales=(1.,.14))
 
@@ -72,7 +72,7 @@ def contestants(bs=32, sizes=sizes, workers=2):
     x,pipes = batch(images),get_swav_aug_pipelines(**sizes)
     n,s,lo,hi = sizes.values()
     lightly = SwaVTransform(crop_counts=n, crop_sizes=s, crop_min_scales=lo, crop_max_scales=hi)
-    return {'this package': lambda: partial(multi_crop, pipes, x),
+    return {'this package': lambda: partial(MultiCrop(pipes).cut, x),
             'kornia chain': lambda: partial(KorniaCrops(**sizes), x),
             f'torchvision PIL, {workers} workers': loaded(TorchvisionCrops(**sizes), images, bs, workers),
             f'lightly PIL, {workers} workers': loaded(lightly, images, bs, workers)}

@@ -24,8 +24,7 @@ from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.torch_core import params
 from fastai.vision.augment import Normalize
-from .augment import normalize_images
-from .checkpoints import crop_stats, encoder_of
+from .checkpoints import encoder_of
 from .data import TensorImages
 from .knn import weighted_knn
 from .monitor import EpochColumns
@@ -85,7 +84,7 @@ def extract_features(
             for i,b in enumerate(progress_bar(dl_, leave=False) if progress else dl_):
                 x,*y = b if isinstance(b, (list,tuple)) else (b,)
                 x = x.to(device)
-                f = encoder((x if views is None else normalize_images(views, x)).as_subclass(torch.Tensor))
+                f = encoder((x if views is None else views.normalize(x)).as_subclass(torch.Tensor))
                 if f.ndim!=2: raise ValueError(f"encoder must map images to features (B,d), got shape {tuple(f.shape)}")
                 f = f.float().cpu()
                 if not f.isfinite().all(): raise FloatingPointError(f"features not finite in batch {i} of {len(dl_)}: the encoder's weights or the images are not")
@@ -267,7 +266,7 @@ def few_label_learner(
     n_out = get_c(dls) if n_out is None else n_out
     if not n_out or n_out<2: raise ValueError(f"n_out must be the number of classes, at least 2, got {n_out}")
     encoder = copy.deepcopy(encoder)
-    if stats is None and views is not None: stats = crop_stats(views, x.shape[1])
+    if stats is None and views is not None: stats = views.stats(x.shape[1])
     if custom_head is None:
         encoder.eval()
         device = next((p.device for p in encoder.parameters()), x.device)

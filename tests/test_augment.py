@@ -4,13 +4,15 @@ import copy, math, pickle
 import kornia.augmentation as K
 import numpy as np, pytest, torch, torchvision.transforms as T, torchvision.transforms.functional as TF, torch.nn.functional as F
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, set_seed
+from fastai.vision.augment import Normalize
+from fastai.vision.core import imagenet_stats
 from fasttransform import Pipeline, Transform
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from self_supervised_swav.augment import (BatchAugment, ExactAugment, FusedAugment, colour_matrices, get_batch_augs, get_multi_aug_pipelines,
-                                          get_swav_aug_pipelines, hue_matrix, multi_crop)
+                                          MultiCrop, get_swav_aug_pipelines, hue_matrix)
 
 torch.set_num_threads(1)
 n_draws = 2000
@@ -219,16 +221,16 @@ def test_own_parameters(photos):
     set_seed(0)
     for same in (False,True):
         for aug in (FusedAugment(32, same_on_batch=same), ExactAugment(32, same_on_batch=same)):
-            a,b = aug.crops(x, 2)
+            a,b = aug.sample(x, 2)
             assert torch.allclose(a, a[:1].expand_as(a), atol=1e-5)==same
             assert not torch.allclose(a, b) # another view has other parameters
             assert len({tuple(o.flatten()[:50].tolist()) for o in a})==(1 if same else 8) or isinstance(aug, ExactAugment)
 
 def test_seed_and_replay(photos):
     aug = FusedAugment(48, rotate_p=.3)
-    set_seed(3); a = aug.crops(photos, 3)
+    set_seed(3); a = aug.sample(photos, 3)
     params = aug._params
-    set_seed(3); b = aug.crops(photos, 3)
+    set_seed(3); b = aug.sample(photos, 3)
     assert all(torch.equal(o,p) for o,p in zip(a,b))
     assert torch.equal(aug(photos, params=params), torch.cat(a))
     assert not torch.equal(aug(photos), a[0])
@@ -236,20 +238,20 @@ def test_seed_and_replay(photos):
 def test_memory_is_written_again_when_nobody_holds_it(photos):
     aug = FusedAugment(64)
     def places(crops): return {o.untyped_storage().data_ptr() for o in crops}
-    first = aug.crops(photos, 2)
+    first = aug.sample(photos, 2)
     kept,place = [o.clone() for o in first],places(first)
-    assert not places(aug.crops(photos, 2)) & place
+    assert not places(aug.sample(photos, 2)) & place
     assert all(torch.equal(o,p) for o,p in zip(first, kept))
     for hold in (lambda c: c[1][0,0,3:5], lambda c: c[0].numpy(), lambda c: (c[0]*torch.ones(1, requires_grad=True)).sum(), lambda c: c[0].untyped_storage()):
-        crops = aug.crops(photos, 2)
+        crops = aug.sample(photos, 2)
         held,place = hold(crops),places(crops)
         del crops
-        assert not places(aug.crops(photos, 2)) & place
+        assert not places(aug.sample(photos, 2)) & place
         del held
-    place = places(aug.crops(photos, 2))
-    assert places(aug.crops(photos, 2))==place
-    with torch.inference_mode(): aug.crops(photos, 2)
-    (aug.crops(photos, 2)[0]*torch.ones(1, requires_grad=True)).sum().backward()  # tensors of inference mode cannot be saved for that
+    place = places(aug.sample(photos, 2))
+    assert places(aug.sample(photos, 2))==place
+    with torch.inference_mode(): aug.sample(photos, 2)
+    (aug.sample(photos, 2)[0]*torch.ones(1, requires_grad=True)).sum().backward()  # tensors of inference mode cannot be saved for that
     for other in (pickle.loads(pickle.dumps(aug)), copy.deepcopy(aug)): assert other.memory.last is None
 
 def test_switches_keep_boxes(photos):
@@ -262,7 +264,7 @@ def test_many_images_do_not_mix(photos):
     "Row v*B+b comes from image b, across the blocks that a processor works in"
     x = torch.linspace(0, 1, 40)[:,None,None,None].expand(40,3,40,50)
     for size in (224,16):
-        for y in FusedAugment(size, jitter_p=0., bw_p=0.).crops(x, 3): assert torch.allclose(y, x[...,:1,:1].expand_as(y), atol=1e-5)
+        for y in FusedAugment(size, jitter_p=0., bw_p=0.).sample(x, 3): assert torch.allclose(y, x[...,:1,:1].expand_as(y), atol=1e-5)
 
 # -- kornia's containers
 
@@ -288,25 +290,70 @@ def test_keypoints(photos):
 
 # -- pipelines
 
-def test_multi_crop_is_the_pipelines(photos):
+def test_views_of_a_shared_transform_are_one_call(photos):
     pipes = get_swav_aug_pipelines(num_crops=(2,3), crop_sizes=(32,16))
     calls = []
-    crops,aug = FusedAugment.crops,pipes[2].fs[0].aug
-    aug.crops = lambda x, n=1: calls.append(n) or crops(aug, x, n)
-    y = multi_crop(pipes, photos)
+    sample,aug = FusedAugment.sample,pipes[2].fs[0].aug
+    aug.sample = lambda x, n=1: calls.append(n) or sample(aug, x, n)
+    y = MultiCrop(pipes).cut(photos)
     assert [tuple(o.shape) for o in y]==[(2,3,32,32)]*2 + [(2,3,16,16)]*3 and calls==[3]
     assert all(p.split_idx==0 for p in pipes) and all(p is not pipes[0] for p in pipes[1:])
     assert pipes[0].fs[0] is pipes[1].fs[0] and pipes[1].fs[0] is not pipes[2].fs[0]
 
 class Plus(Transform):
+    "Made by hand: only on fastai images"
     def __init__(self, k): super().__init__(); self.k = k
-    def encodes(self, x:torch.Tensor): return x+self.k
+    def encodes(self, x:TensorImage): return x+self.k
 
 def test_hand_made_and_extra(photos):
     x = TensorImage(photos)
     extra = get_multi_aug_pipelines(2, 16, stats=None, xtra_tfms=[Plus(10.)])
-    y = multi_crop([Pipeline([Plus(1.)], split_idx=0), *extra], x)
-    assert torch.equal(y[0], x+1) and all(o.min()>=10 and o.max()<=11 and type(o) is TensorImage for o in y[1:])
+    views = MultiCrop([Pipeline([Plus(1.)], split_idx=0), *extra])
+    for images in (x, photos): # extra transforms act on plain tensors, too
+        y = views.cut(images)
+        assert torch.equal(y[0], photos+1) and all(o.min()>=10 and o.max()<=11 for o in y[1:])
+        assert all(type(o) is torch.Tensor and not o.requires_grad for o in y)
+    assert views.sizes==(None,16,16) and views.stats(3) is None
+    assert [ids for ids,_,_ in views.settings()]==[[0],[1,2]]
+    assert views.settings()[1][2]['xtra_tfms']==['Plus']
+
+@pytest.mark.parametrize('exact', [False,True])
+def test_what_views_say(exact):
+    pipes = get_swav_aug_pipelines((2,1), (16,10), (.4,.1), (1.,.4), blur=False, exact=exact)
+    views = MultiCrop(iter(pipes))
+    assert len(views)==3 and views.pipelines==pipes and views.sizes==(16,16,10)
+    assert views.stats(3)==tuple(list(o) for o in imagenet_stats)
+    (ids,size,large),(ids2,size2,small) = views.settings()
+    assert (ids,size,ids2,size2)==([0,1],16,[2],10)
+    assert large['scale']==(.4,1.) and small['scale']==(.1,.4) and large['jitter']==(.8,.8,.8,.2)
+    assert large['blur_p']==0 and 'blur_s' not in large and 'rotate_deg' not in large
+    assert [views.strength(o) for o in ('jitter','blur','rotate','flip','bw')]==[.8,0,0,.5,.2]
+    with pytest.raises(ValueError, match="name must be one of .*'jitter'.* got 'hue'"): views.strength('hue')
+    other = MultiCrop([pipes[0], *get_multi_aug_pipelines(2, 8, blur_p=.7, exact=exact)])
+    assert other.strength('blur')==.7
+
+def test_normalize_and_decode(photos):
+    "Whole images like crops, hand-made `Normalize` included, and back"
+    mean,std = torch.tensor([.5,.4,.3]),torch.tensor([.2,.3,.4])
+    own = get_multi_aug_pipelines(2, 16, stats=(mean,std))
+    hand = [Pipeline([Plus(0.), Normalize.from_stats(mean.tolist(), std.tolist(), cuda=False)], split_idx=0)]*2
+    want = (photos-mean[:,None,None])/std[:,None,None]
+    for pipes in (own, hand):
+        for x in (photos, TensorImage(photos)):
+            y = MultiCrop(pipes).normalize(x)
+            assert type(y) is torch.Tensor and torch.equal(y, want)
+        for got,o in zip(MultiCrop(pipes).stats(3), (mean,std)): assert torch.tensor(got).equal(o)
+        back = MultiCrop(pipes).decode([want,want], 1)
+        # one rounding in each of -, /, *, +, of numbers of size at most 1/0.2+1: 4*6*eps
+        assert all(len(o)==1 and (o-photos[:1]).abs().max()<=24*torch.finfo(torch.float32).eps for o in back)
+    twice = MultiCrop(get_multi_aug_pipelines(2, 16, stats=(mean,std), xtra_tfms=[Normalize.from_stats([1.],[2.], cuda=False)]))
+    y = (want-1)/2
+    # the largest value is (1-.3)/.2 < 5: two roundings here, four there
+    assert (twice.normalize(photos)-y).abs().max()<=6*5*torch.finfo(torch.float32).eps
+    plain = MultiCrop(get_multi_aug_pipelines(2, 16, stats=None))
+    assert plain.stats(3) is None and torch.equal(plain.normalize(photos), photos)
+    with pytest.raises(ValueError, match='crops must be 2 tensors, one a pipeline, got 1'): plain.decode([photos])
+    with pytest.raises(ValueError, match='stats must have 1 values for images of 1 channels'): MultiCrop(own).stats(1)
 
 @pytest.mark.parametrize('exact', [False,True])
 def test_types(exact):
@@ -334,8 +381,8 @@ def test_one_channel_is_grey():
 
 def test_pickle(photos):
     pipe = pickle.loads(pickle.dumps(get_swav_aug_pipelines()))
-    set_seed(0); a = multi_crop(pipe, photos)
-    set_seed(0); b = multi_crop(get_swav_aug_pipelines(), photos)
+    set_seed(0); a = MultiCrop(pipe).cut(photos)
+    set_seed(0); b = MultiCrop(get_swav_aug_pipelines()).cut(photos)
     assert all(torch.equal(o,p) for o,p in zip(a,b))
 
 @pytest.mark.parametrize('c', [1,3])
@@ -345,7 +392,7 @@ def test_no_synchronisation(c):
     with FakeTensorMode(), torch.device('cuda'): # the parameters are drawn on the CPU even where the default device is another
         x = torch.rand(8, c, 64, 80)
         pipes = get_swav_aug_pipelines(crop_sizes=(32,16), rotate=True, stats=((.5,)*c,(.2,)*c))
-        y = multi_crop(pipes, x)
+        y = MultiCrop(pipes).cut(x)
         assert [tuple(o.shape) for o in y]==[(8,c,32,32)]*2 + [(8,c,16,16)]*6 and all(o.device.type=='cuda' for o in y)
 
 @settings(max_examples=60, deadline=None)
@@ -354,7 +401,7 @@ def test_no_synchronisation(c):
 def test_any_shape(b, c, h, w, size, n, lo, same, rotate):
     aug = FusedAugment(size, (lo,1.), rotate_p=.5*rotate, same_on_batch=same)
     x = torch.rand(b,c,h,w)
-    ys = aug.crops(x, n)
+    ys = aug.sample(x, n)
     assert len(ys)==n and all(y.shape==(b,c,size,size) and torch.isfinite(y).all() and (y>=0).all() and (y<=1).all() for y in ys)
     if b>0:
         table = aug._table(aug._params, c)
@@ -390,3 +437,11 @@ def test_bad_images(exact):
     with pytest.raises(ValueError, match='1 or 3 channels, got 4'): get_batch_augs(16, stats=None, exact=exact)(torch.rand(2,4,20,20))
     with pytest.raises(ValueError, match='n must be'): get_multi_aug_pipelines(0, 16)
     assert isinstance(pipe.fs[0], BatchAugment)
+    with pytest.raises(TypeError, match='floating point .* torch.uint8'): MultiCrop([pipe]*2).cut(torch.zeros(2,3,20,20, dtype=torch.uint8))
+
+@pytest.mark.parametrize('pipes,error,words', [
+    (None, TypeError, 'aug_pipelines must be a list of fastai Pipelines.*got None'), ([1,2], TypeError, r'got \[1, 2\]'),
+    ([], ValueError, 'at least two'), ([Pipeline([], split_idx=0)], ValueError, 'got 1'),
+    ([Pipeline([], split_idx=0), Pipeline([])], ValueError, r'split_idx=0, got \[None\] at \[1\]')])
+def test_bad_pipelines(pipes, error, words):
+    with pytest.raises(error, match=words): MultiCrop(pipes)

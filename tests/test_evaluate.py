@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from helpers import digits, small_learner
-from self_supervised_swav.augment import get_swav_aug_pipelines, normalize_images
+from self_supervised_swav.augment import MultiCrop, get_swav_aug_pipelines
 from self_supervised_swav.evaluate import (EncoderWithHead, KNNMetric, extract_features, few_label_learner, few_label_splits, knn_accuracy,
                                            linear_probe)
 
@@ -231,7 +231,7 @@ def test_takes_normalisation_from_swav():
     pipes = get_swav_aug_pipelines((2,1), (16,10), (.4,.1), (1.,.4), stats=([.3],[.2]))
     pre = small_learner(n=100, labelled=True, augs=pipes)
     learn = quiet(few_label_learner(pre, pre.dls, pretrained=False))
-    torch.testing.assert_close(learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor), normalize_images(pipes, pre.dls.valid.one_batch()[0]).as_subclass(torch.Tensor))
+    torch.testing.assert_close(learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor), MultiCrop(pipes).normalize(pre.dls.valid.one_batch()[0]))
     torch.testing.assert_close(extract_features(learn, learn.dls.valid, progress=False)[0], extract_features(pre, pre.dls.valid, progress=False)[0])
     assert all(p.requires_grad for p in learn.model.parameters()) and isinstance(learn.model, EncoderWithHead)
     learn.fit(1)
