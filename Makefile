@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench bench-quick bench-quality check lab readme clean
+.PHONY: help demo test test-slow test-machines bench bench-quick bench-quality check lab readme clean
 
 help:                                 ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,9 @@ test: $(VENV)/.installed-dev          ## everything that must hold before a chan
 
 test-slow: $(VENV)/.installed-dev     ## the tests marked slow
 	$(BIN)/python -m pytest -q -m slow tests
+
+test-machines: $(VENV)/.installed-dev ## numeric tests and trainings as other machines would run them: an hour
+	$(BIN)/python tools/machines.py
 
 bench: $(VENV)/.installed-dev         ## this package beside its peers, kept in benchmarks/README.md
 	$(BIN)/python -W ignore benchmarks/run.py --write

@@ -1,10 +1,12 @@
 "What every benchmark needs: alternating runs, medians, peak memory, a table, and the machine's name for it"
-import importlib.metadata, math, multiprocessing, os, platform, re, statistics, time
+import math, multiprocessing, re, statistics, time
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from self_supervised_swav.machine import machine_info
 
 class Row(NamedTuple):
     "One line of the table: a figure of this package, its peer's, and how many times better ours is"
@@ -91,19 +93,13 @@ def peak_memory(
     finally: p.join()
 
 # --- the table ---------------------------------------------------------------------------------------------------------------
-def cpu_name():
-    "The processor, by its own account"
-    info = Path('/proc/cpuinfo')
-    found = re.search(r'model name\s*:\s*(.*)', info.read_text()) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
 def machine(device):
     "Processor, threads and versions, in one line each"
-    caps = [k for k in ('avx2','avx512_bf16','amx_tile') if getattr(torch.cpu, f'_is_{k}_supported', lambda: False)()]
-    yield f'{cpu_name()}, {os.cpu_count()} cores{" ("+", ".join(caps)+")" if caps else ""}, {torch.get_num_threads()} threads'
-    if device!='cpu': yield torch.cuda.get_device_name()
-    names = ('torch','torchvision','kornia','timm','fastai','lightly')
-    yield f'Python {platform.python_version()}, ' + ', '.join(f'{n} {importlib.metadata.version(n)}' for n in names)
+    info = machine_info(('torch','torchvision','kornia','timm','fastai','lightly'))
+    gpu = info.pop('GPU', None)
+    yield f"{info.pop('processor')}; torch uses {info.pop('torch uses')}"
+    if gpu and device!='cpu': yield gpu
+    yield info.pop('system') + ', ' + ', '.join(f'{k} {v}' for k,v in info.items())
 
 columns = ('what','size','this package','peer','its figure','ratio','target (aim)')
 

@@ -4,6 +4,7 @@ from .losses import *
 from .stats import *
 from .knn import *
 from .recipes import *
+from .machine import *
 from .encoders import *
 from .models import *
 from .queue import *

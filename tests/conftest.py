@@ -1,16 +1,37 @@
-"Small things that several tests share: quiet fastai, one thread, seeds."
-import os, sys
+"Small things that several tests share: no network, an order of the tests, seeds, commands, a trained Learner."
+import os, random, sys
+from pathlib import Path
 os.environ.setdefault('MPLBACKEND', 'agg')
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
+import sandbox
+sandbox.enter()  # before the package reads anything about the processor
 import matplotlib.pyplot as plt, pytest, torch
 from fastcore import script
 from helpers import small_learner
 from self_supervised_swav import cli
 from self_supervised_swav.monitor import CollapseMonitor
 
+def pytest_collection_modifyitems(items):
+    "Shuffle the files, and the tests in each, by the seed SWAV_ORDER; a file's tests stay together because they share fixtures"
+    if not (seed := os.environ.get('SWAV_ORDER')): return
+    rng,files = random.Random(seed),{}
+    for item in items: files.setdefault(item.path, []).append(item)
+    groups = list(files.values())
+    rng.shuffle(groups)
+    for group in groups: rng.shuffle(group)
+    items[:] = [item for group in groups for item in group]
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
     yield
+
+@pytest.fixture(autouse=True)
+def _no_network():
+    "A test fails if anything in it asks for the network, even if the error was caught"
+    sandbox.attempts.clear()
+    yield
+    assert not sandbox.attempts, f'the network was asked for: {sandbox.attempts}'
 
 @pytest.fixture
 def command(monkeypatch, capsys):

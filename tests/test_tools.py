@@ -1,10 +1,14 @@
 "The test runner fails for each kind of failure and names it; README is rendered as it should be"
-import base64, json, os, shutil, subprocess, sys
+import base64, json, os, shutil, socket, subprocess, sys
 from pathlib import Path
 import pytest
 
 root = Path(__file__).resolve().parent.parent
 nb_head = ['#| default_exp mod', "#| export\ndef double(x):\n    \"Twice `x`\"\n    return 2*x"]
+numeric_test = """import pytest
+def test_numbers(): assert 2*.5 == pytest.approx(1)
+def test_two(): pass
+"""
 png = base64.b64encode(b'\x89PNG a picture').decode()
 
 def write_nb(path, cells):
@@ -26,7 +30,7 @@ def project(tmp_path_factory):
     for nm in ('settings.ini', 'setup.py', 'pyproject.toml'): shutil.copy(root/nm, path)
     for d in ('nbs', 'tests', 'self_supervised_swav'): (path/d).mkdir()
     (path/'self_supervised_swav'/'__init__.py').write_text('__version__ = "0.1.0"\n')
-    (path/'tests'/'test_a.py').write_text('def test_a(): pass\n')
+    (path/'tests'/'test_mod.py').write_text(numeric_test)
     write_nb(path/'nbs'/'00_mod.ipynb', [*nb_head, 'assert double(2) == 4'])
     write_nb(path/'nbs'/'index.ipynb', [('markdown', '# Title\n\nAbout `double` and `Learner`', []), '#| hide\n1', (
         'code', '#| eval: false\ndouble(2)', [dict(output_type='display_data', metadata={}, data={'image/png': png, 'text/plain': 'fig'}),
@@ -61,9 +65,10 @@ def test_drift(project):
 def test_runner(project):
     res = run(project, 'tools/test.py')
     lines = res.stdout.splitlines()
-    assert res.returncode == 0 and lines[-1] == '5 passed, 0 failed', res.stdout+res.stderr
-    assert any(l.startswith('notebooks: 2 passed, 0 failed') for l in lines)
-    assert any(l.startswith('tests: 1 passed, 0 failed') for l in lines)
+    # 2 checks, 2 notebooks, 2 tests, and the latter as two other machines run them
+    assert res.returncode == 0 and lines[-1] == '10 passed, 0 failed, 0 skipped', res.stdout+res.stderr
+    for s in ('notebooks: 2 passed, 0 failed', 'tests: 2 passed, 0 failed', *(f'machines: {k}: 2 passed, 0 failed' for k in ('old processor', 'AVX2, two threads'))):
+        assert any(l.startswith(s) for l in lines), s
 
 def test_runner_fails(project):
     "Everything fails at once, and each failure is found, named and counted"
@@ -71,13 +76,14 @@ def test_runner_fails(project):
     try:
         write_nb(bad[0], ['#| slow\nraise Exception', 'assert 1 == 2'])
         write_nb(bad[1], ['{'])
-        bad[2].write_text('import pytest\ndef test_b(): assert 1 == 2\n@pytest.mark.skip\ndef test_c(): pass\n')
+        bad[2].write_text('import pytest\ndef test_b(): assert 1 == 2\n@pytest.mark.skip\ndef test_c(): pass\n@pytest.mark.skip(reason="no camera")\ndef test_d(): pass\n')
         bad[3].write_text('import os\n')   # ruff: an import that nobody uses
         (project/'README.md').write_text('edited by hand')
         res = run(project, 'tools/test.py')
-        assert res.returncode == 1 and res.stdout.splitlines()[-1] == '3 passed, 5 failed', res.stdout+res.stderr
+        assert res.returncode == 1 and res.stdout.splitlines()[-3:] == [
+            '1 skipped: no camera', '1 skipped: unconditional skip', '8 passed, 5 failed, 2 skipped'], res.stdout+res.stderr
         for s in ('FAILED drift', 'README.md', 'FAILED ruff', 'checks: 0 passed, 2 failed', 'FAILED nbs/02_bad.ipynb',
-                  'FAILED nbs/03_syntax.ipynb', 'notebooks: 2 passed, 2 failed', 'test_bad.py::test_b', 'tests: 1 passed, 1 failed (1 skipped)'):
+                  'FAILED nbs/03_syntax.ipynb', 'notebooks: 2 passed, 2 failed', 'test_bad.py::test_b', 'tests: 2 passed, 1 failed, 2 skipped'):
             assert s in res.stdout, s
     finally:
         for p in bad: p.unlink(missing_ok=True)
@@ -88,7 +94,51 @@ def test_nothing_found(project, tmp_path):
     empty = tmp_path/'empty'
     shutil.copytree(project, empty, ignore=shutil.ignore_patterns('*.ipynb', 'test_*.py'))
     res = run(empty, 'tools/test.py')
-    assert res.returncode == 1 and res.stdout.splitlines()[-1] == '1 passed, 3 failed', res.stdout+res.stderr
+    assert res.returncode == 1 and res.stdout.splitlines()[-1] == '1 passed, 5 failed, 0 skipped', res.stdout+res.stderr
+
+def test_machines(project):
+    "Each setting reaches the tests; where one fails, it is named, and what the tests said is shown"
+    numeric = project/'tests'/'test_mod.py'
+    try:
+        numeric.write_text(f"import os\n{numeric_test}def test_setting(): assert os.environ['OMP_NUM_THREADS'] != '4'\n")
+        res = run(project, 'tools/machines.py', 'thread')
+        assert [l.split(' in ')[0] for l in res.stdout.splitlines() if l.startswith('machines: ')] == [
+            'machines: 1 thread: 3 passed, 0 failed, 0 skipped', 'machines: 2 threads: 3 passed, 0 failed, 0 skipped',
+            'machines: 4 threads: 2 passed, 1 failed, 0 skipped'], res.stdout+res.stderr
+    finally: numeric.write_text(numeric_test)
+
+sandbox_probe = """
+import os, socket, sys
+sys.path.insert(0, 'tools')
+import sandbox
+sandbox.enter()
+for host in ('localhost', '127.0.0.1', socket.gethostname()): socket.getaddrinfo(host, 80)
+with socket.create_server(('localhost', 0)) as server: socket.create_connection(server.getsockname()).close()
+for ask in (lambda: socket.create_connection(('example.com', 80)), lambda: socket.create_connection(('192.0.2.1', 80)),
+            lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('192.0.2.1', 53)), lambda: os.listdir('/sys/devices/system/cpu')):
+    try: ask()
+    except OSError as e: print(type(e).__name__, e)
+import torch
+print(len(sandbox.attempts), torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
+"""
+
+def test_sandbox(monkeypatch):
+    "No way out of the machine, ways inside it; and what SWAV_PRETEND names is hidden"
+    monkeypatch.setenv('SWAV_PRETEND', 'caches,bfloat16')
+    res = run(root, '-c', sandbox_probe)
+    assert [o.split(':')[0] for o in res.stdout.splitlines()] == [
+        "OSError socket.getaddrinfo to 'example.com'", "OSError socket.getaddrinfo to '192.0.2.1'",
+        "OSError socket.sendto to ('192.0.2.1', 53)", 'PermissionError /sys/devices/system/cpu', '3 False False'], res.stdout+res.stderr
+    monkeypatch.setenv('SWAV_PRETEND', 'legs')
+    res = run(root, '-c', sandbox_probe)
+    assert 'ValueError: SWAV_PRETEND must name some of caches, bfloat16, got legs' in res.stderr
+
+def test_network_is_closed_here():
+    "In this process, too: libraries that catch the error do not hide the attempt"
+    import sandbox
+    with pytest.raises(OSError, match='no network'): socket.create_connection(('example.com', 80))
+    assert [o[1] for o in sandbox.attempts] == ['example.com']
+    sandbox.attempts.clear()
 
 def test_progress_bars_as_a_terminal_shows_them(project):
     nb = project/'nbs'/'04_bar.ipynb'
