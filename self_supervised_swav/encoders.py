@@ -177,3 +177,12 @@ def create_encoder(
     if _is_timm(arch): return create_timm_encoder(arch, **args)
     if arch in _fastai_archs(): return create_fastai_encoder(arch, **args)
     _unknown(arch, [*timm.list_models(), *_fastai_archs()])
+
+# %% ../nbs/09_encoders.ipynb #6118a94e
+def encoder_name(
+    encoder # Any encoder
+)->str:
+    "Name of the architecture of `encoder`, or of its class"
+    known = [getattr(encoder, o, None) for o in ('settings','pretrained_cfg','default_cfg')]
+    names = [o.get('arch') or o.get('architecture') for o in known if isinstance(o, dict)]
+    return next((o for o in names if isinstance(o, str)), type(getattr(encoder, '_orig_mod', encoder)).__name__)

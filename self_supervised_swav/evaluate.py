@@ -29,7 +29,7 @@ from .data import TensorImages
 from .knn import weighted_knn
 from .monitor import EpochColumns
 from .models import in_eval
-from .multiview import _own_randomness
+from .randomness import own_randomness
 
 # %% ../nbs/32_evaluate.ipynb #f8c42ab4
 def _normalizes(dl): return any(isinstance(f, Normalize) for f in getattr(getattr(dl, 'after_batch', None), 'fs', []))
@@ -295,7 +295,7 @@ class KNNMetric(EpochColumns):
     def after_train(self):
         dls = self._dls
         with ExitStack() as stack:
-            for dl in dls: stack.enter_context(_own_randomness(0, dl))
+            for dl in dls: stack.enter_context(own_randomness(0, dl))
             train,valid = (extract_features(self.learn, dl, progress=False) for dl in (dls.train,dls.valid))
         self.epoch_values['knn_accuracy'] = knn_accuracy(train, valid, self.k, self.temp)
 

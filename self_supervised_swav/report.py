@@ -169,8 +169,8 @@ def _epochs_table(learn, most=60):
 def _alarms(learn):
     monitor = getattr(learn, 'collapse_monitor', None)
     if monitor is None: return _p('No CollapseMonitor took part: as a callback, it records signs of collapse in every step, and they are told here in words.', 'soft')
-    if not len(monitor.history['loss/lnK']): return _p('CollapseMonitor has not seen a step.', 'soft')
-    if not monitor.alarms: return _p(f"CollapseMonitor found nothing amiss in {len(monitor.history['loss/lnK']):,} steps.")
+    if not monitor.losses: return _p('CollapseMonitor has not seen a step.', 'soft')
+    if not monitor.alarms: return _p(f"CollapseMonitor found nothing amiss in {len(monitor.losses):,} steps.")
     return ''.join(f'<p class="alarm" role="note"><strong>Step {step}.</strong> {_e(text)}</p>' for step,text in monitor.alarms)
 
 def _summary(learn, sample, notes):

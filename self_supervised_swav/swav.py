@@ -6,26 +6,39 @@
 __all__ = ['SWAV']
 
 # %% ../nbs/21_swav.ipynb #6ef7de58
+import math, warnings
 from functools import partial
 import torch
 from fastcore.basics import patch
+from fastai.callback.hook import total_params
+from .augment import get_swav_aug_pipelines
 from .collectives import share
 from .losses import swapped_loss
-from .models import SwAVModel
-from .multiview import MultiView
+from .models import SwAVModel, create_swav_model
+from .multiview import MultiView, register_method
+from .recipes import swav_recipe
 from .sinkhorn import sinkhorn
+from .stats import code_entropy, code_overlap, effective_rank, feature_spread, mean_code_entropy
 
 # %% ../nbs/21_swav.ipynb #5a342681
 class SWAV(MultiView):
     "Swapped prediction of cluster assignments between crops of an image (SwAV)"
+    title = 'SwAV'
+    signs = 'loss/lnK','code_entropy','mean_code_entropy','proto_usage','feature_spread','code_overlap','uses_queue'
+    columns = (*signs[:5],'effective_rank')
+    curves = {
+        'entropy / ln K': dict(code_entropy='single codes (1: all alike)', mean_code_entropy='mean code (1: all used)'),
+        'share': dict(proto_usage='prototypes used (last epoch)', feature_spread='spread of embeddings')}
+    min_nats,max_overlap = 0.05,1.25  # thresholds of `judge`
+
     def __init__(self,
-        aug_pipelines, # One fastai `Pipeline` a crop, each with `split_idx=0`: see `get_swav_aug_pipelines`
+        aug_pipelines, # One fastai `Pipeline` for each crop, with `split_idx=0`: see `get_swav_aug_pipelines`
         crop_assgn_ids=(0,1), # Which crops get codes: indices into `aug_pipelines`, in the paper the two large crops
         K:int|None=None, # Length of each assigned crop's queue, less than the training set's; None for no queue
-        queue_start_pct:float=0.25, # Share of the fit, in [0,1], after which the queue takes part
+        queue_start_pct:float=0.25, # Share of the fit, in [0,1], after which the codes use the queue
         temp:float=0.1, # Softmax temperature of the predictions (Eq. 3), positive
         eps:float=0.05, # Entropy weight of the codes (Eq. 5), positive
-        n_sinkh_iter:int=3, # Turns of the Sinkhorn algorithm, at least 1
+        n_sinkh_iter:int=3, # Sinkhorn iterations, at least 1
         print_augs:bool=False, # Print the pipelines
         freeze_protos_pct:float|None=None, # Share of the fit in which prototypes stay; None: an epoch, at most half the fit
         hard:bool=False # Round the codes (the paper's ablation)
@@ -42,15 +55,18 @@ class SWAV(MultiView):
             if not v>0: raise ValueError(f"{name} must be positive, got {v}")
         for name,v in dict(queue_start_pct=queue_start_pct, freeze_protos_pct=freeze_protos_pct or 0.).items():
             if not 0<=v<=1: raise ValueError(f"{name} must be in [0,1], got {v}")
-        self.crop_assgn_ids,self.K,self.queue_start_pct,self.temp,self.eps = ids,K,queue_start_pct,temp,eps
-        self.n_sinkh_iter,self.freeze_protos_pct,self.hard = n_sinkh_iter,freeze_protos_pct,hard
+        self.crop_assgn_ids,self.K,self.queue_start_pct = ids,K,queue_start_pct
+        self.temp,self.eps,self.n_sinkh_iter = temp,eps,n_sinkh_iter
+        self.freeze_protos_pct,self.hard = freeze_protos_pct,hard
         self.codes,self.scratch = None,{}
 
+    # before the first step
     def before_fit(self):
         super().before_fit()
-        model,n_train = self.swav_model,len(self.dls.train.dataset)
+        model,n_train = self.bare_model,len(self.dls.train.dataset)
         if not isinstance(model, SwAVModel):
-            raise TypeError(f"model must be a SwAVModel, with prototypes, as create_swav_model gives, got {type(model).__name__}")
+            raise TypeError("model must be a SwAVModel, with prototypes, as create_swav_model gives, "
+                            f"got {type(model).__name__}")
         if self.K is not None and 0<n_train<=self.K:
             raise ValueError(f"K must be smaller than the training set of {n_train} images, got {self.K}")
         model.prototypes.normalize_()
@@ -58,72 +74,177 @@ class SWAV(MultiView):
 
     def check_pred(self, pred):
         n,K,d = 2*self.n_views,*self._weight.shape
-        wanted,got = [(n,d),(n,K)],[tuple(o.shape) for o in pred] if isinstance(pred, tuple) else type(pred).__name__
+        wanted = [(n,d),(n,K)]
+        got = [tuple(o.shape) for o in pred] if isinstance(pred, tuple) else type(pred).__name__
         if got!=wanted:
-            raise ValueError(f"model must return (embedding, scores) of the shapes {wanted} for {self.n_views} crops of 2 images, got {got}")
+            raise ValueError(f"model must return (embedding, scores) of the shapes {wanted} "
+                             f"for {self.n_views} crops of 2 images, got {got}")
 
+    # a step
     def view_loss(self, pred):
         embedding,scores = (o.unflatten(0, (self.n_views,-1)) for o in pred)
         with torch.autocast(scores.device.type, enabled=False):
             self.codes = self.get_codes(scores.detach())
-            self._collect(embedding.detach())
+            self._enqueue(embedding.detach())
             return swapped_loss(scores, self.codes, self.crop_assgn_ids, self.temp, bound=1.)
+
+    def get_codes(self,
+        scores:torch.Tensor # (V,B,K) scores of all crops
+    )->torch.Tensor: # (A,B,K) codes of the assigned crops
+        "Sinkhorn over each assigned crop's scores, with its queue's where the queue is in use"
+        scores,queue,(B,n_protos) = scores.float(),self.bare_model.queue,scores.shape[1:]
+        # scores are cosines: hence the bound
+        sinkhorn_ = partial(sinkhorn, eps=self.eps, n_iters=self.n_sinkh_iter, hard=self.hard, bound=1., group=self.group)
+        codes = self._scratch('codes', scores, len(self.crop_assgn_ids), B, n_protos)
+        for a,(i,q) in enumerate(zip(self.crop_assgn_ids, codes)):
+            if self.uses_queue:
+                past = queue.features[a,share(queue.length, self.group)]  # ranks hold the same queue: its rows count once
+                rows,all_codes = (self._scratch(o, scores, B+len(past), n_protos) for o in ('rows','row_codes'))
+                rows[:B] = scores[i]
+                torch.mm(past, self._weight.detach().T, out=rows[B:])
+                q.copy_(sinkhorn_(rows, out=all_codes)[:B])
+            else: sinkhorn_(scores[i], out=q)
+        return codes
+
+    def _scratch(self, name, like, *shape):
+        "A tensor to write into, the last step's where that fits: fresh memory costs more than the arithmetic"
+        x = self.scratch.get(name)
+        if x is None or x.shape!=shape or x.device!=like.device: x = self.scratch[name] = like.new_empty(shape)
+        return x
+
+    def _enqueue(self, embedding):
+        "Enqueue the assigned crops' embeddings, during training only"
+        if self.K and self.training and not hasattr(self.learn, 'lr_finder'):
+            self.bare_model.queue.push(embedding[self.crop_assgn_ids].float(), self.group, self.sizes)
 
     def before_step(self):
         if self._step<self._frozen_steps: self._weight.grad = None
-    def after_step(self): self.swav_model.prototypes.normalize_()
+    def after_step(self): self.bare_model.prototypes.normalize_()
     def after_fit(self):
         super().after_fit()
         self.codes,self.scratch = None,{}
 
-# %% ../nbs/21_swav.ipynb #bdb895ce
-@patch(as_prop=True)
-def _n_steps(self:SWAV): return self.n_epoch*len(self.dls.train)
-@patch(as_prop=True)
-def _step(self:SWAV): return round(self.pct_train*self._n_steps)
+    # where in the fit
+    @property
+    def uses_queue(self):
+        "Do the codes of this step use the queue?"
+        return self.bare_model.queue.full and self._step>=round(self.queue_start_pct*self._n_steps)
+    @property
+    def _weight(self): return self.bare_model.prototypes.weight
+    @property
+    def _n_steps(self): return self.n_epoch*len(self.dls.train)
+    @property
+    def _step(self): return round(self.pct_train*self._n_steps)
+    @property
+    def _frozen_steps(self):
+        pct = min(1/self.n_epoch, 0.5) if self.freeze_protos_pct is None else self.freeze_protos_pct
+        return round(pct*self._n_steps)
+    @property
+    def swav_model(self):
+        warnings.warn("SWAV.swav_model is now bare_model", DeprecationWarning, stacklevel=2)
+        return self.bare_model
 
+# %% ../nbs/21_swav.ipynb #3c584a23
 @patch(as_prop=True)
-def _frozen_steps(self:SWAV):
-    pct = min(1/self.n_epoch, 0.5) if self.freeze_protos_pct is None else self.freeze_protos_pct
-    return round(pct*self._n_steps)
-
-@patch(as_prop=True)
-def uses_queue(self:SWAV):
-    "Do the codes of this step see the queue?"
-    return self.swav_model.queue.full and self._step>=round(self.queue_start_pct*self._n_steps)
-
-# %% ../nbs/21_swav.ipynb #9f10036f
-@patch(as_prop=True)
-def _weight(self:SWAV): return self.swav_model.prototypes.weight
+def chance_loss(self:SWAV):
+    n_protos = len(self._weight)
+    return math.log(n_protos),f'ln {n_protos}'
 
 @patch
-def get_codes(self:SWAV,
-    scores:torch.Tensor # (V,B,K) scores of all crops
-)->torch.Tensor: # (A,B,K) codes of the assigned crops
-    "Sinkhorn over each assigned crop's scores, with its queue's where the queue is in use"
-    scores,queue,(B,n_protos) = scores.float(),self.swav_model.queue,scores.shape[1:]
-    # scores are cosines: hence the bound
-    sinkhorn_ = partial(sinkhorn, eps=self.eps, n_iters=self.n_sinkh_iter, hard=self.hard, bound=1., group=self._group)
-    codes = self._scratch('codes', scores, len(self.crop_assgn_ids), B, n_protos)
-    for a,(i,q) in enumerate(zip(self.crop_assgn_ids, codes)):
-        if self.uses_queue:
-            past = queue.features[a,share(queue.length, self._group)]  # ranks hold the same queue: its rows count once
-            rows,all_codes = (self._scratch(o, scores, B+len(past), n_protos) for o in ('rows','row_codes'))
-            rows[:B] = scores[i]
-            torch.mm(past, self._weight.detach().T, out=rows[B:])
-            q.copy_(sinkhorn_(rows, out=all_codes)[:B])
-        else: sinkhorn_(scores[i], out=q)
-    return codes
+def model_settings(self:SWAV):
+    model,(n_protos,dim) = self.bare_model,self._weight.shape
+    queue = f'{model.queue.length:,} embeddings of each assigned crop' if model.queue.length else 'none'
+    return super(SWAV, self).model_settings() | {
+        'input channels': str(model.n_in),
+        'projector': f'{total_params(model.projector)[0]:,} parameters, to {dim} dimensions',
+        'prototypes': f'{n_protos:,}', 'queue': queue}
+
+# %% ../nbs/21_swav.ipynb #6965edcc
+@patch
+def health(self:SWAV, pred):
+    lnk,codes,n_epoch_steps = self.chance_loss[0],self.codes.flatten(0, 1),len(self.dls.train)
+    embedding = pred[0].detach().unflatten(0, (self.n_views,-1))[self.crop_assgn_ids].flatten(0, 1)
+    mean = codes.mean(0)
+    step = self.seen['step'] = self.seen.get('step', -1)+1
+    if step==0: self.seen['last_used'] = torch.full((len(mean),), -n_epoch_steps, device=mean.device)
+    self.seen['last_used'].index_fill_(0, codes.argmax(1), step)
+    overlap = code_overlap(mean, self.seen.get('mean', mean))
+    self.seen.update(mean=mean, embedding=embedding)
+    values = (self.learn.loss.detach()/lnk, code_entropy(codes)/lnk, mean_code_entropy(mean[None])/lnk,
+              (self.seen['last_used']>step-n_epoch_steps).float().mean(), feature_spread(embedding), overlap,
+              torch.full_like(overlap, self.uses_queue))
+    return dict(zip(self.signs, values))
 
 @patch
-def _scratch(self:SWAV, name, like, *shape):
-    "A tensor to write into, the last step's where that fits: fresh memory costs more than the arithmetic"
-    x = self.scratch.get(name)
-    if x is None or x.shape!=shape or x.device!=like.device: x = self.scratch[name] = like.new_empty(shape)
-    return x
+def epoch_health(self:SWAV, history):
+    return super(SWAV, self).epoch_health(history) | dict(
+        proto_usage=history['proto_usage'][-1], effective_rank=effective_rank(self.seen['embedding'].cpu()).item())
 
 @patch
-def _collect(self:SWAV, embedding):
-    "Push the assigned crops' embeddings, in training steps alone"
-    if self.K and self.training and not hasattr(self.learn, 'lr_finder'):
-        self.swav_model.queue.push(embedding[self.crop_assgn_ids].float(), self._group, self.sizes)
+def marks(self:SWAV, history):
+    if not getattr(self.learn, 'n_epoch', None): return {}
+    marks = {'prototypes begin to learn': self._frozen_steps}
+    if self.K:
+        used = history.get('uses_queue')
+        if used: first = next((i for i,o in enumerate(used) if o), len(used))
+        else: first = max(round(self.queue_start_pct*self._n_steps), math.ceil(self.K/(self.dls.train.bs or 1)))
+        marks['queue is used'] = first
+    return marks
+
+# %% ../nbs/21_swav.ipynb #a1b60e21
+@patch
+def judge(self:SWAV, history, n):
+    lnk = self.chance_loss[0]
+    loss,entropy,overlap,queued = (history[o][-n:] for o in ('loss/lnK','code_entropy','code_overlap','uses_queue'))
+    if all(lnk*(1-e)<self.min_nats and lnk*(1-l)<self.min_nats for e,l in zip(entropy, loss)):
+        return self._advice_if_collapsed(n, loss, entropy)
+    if all(queued):
+        mean = sum(overlap)/n
+        error = math.sqrt(sum((o-mean)**2 for o in overlap)/(n-1)/n)
+        if mean-2*error>self.max_overlap: return self._advice_for_queue(n, mean)
+
+def _rounded(x): return f'{x:.3g}'
+
+@patch(as_prop=True)
+def _largest_lr(self:SWAV): return max([*self.recorder.lrs, self.opt.hypers[-1]['lr']])
+
+@patch
+def _advice_if_collapsed(self:SWAV, n, loss, entropy):
+    (lnk,chance),n_protos = self.chance_loss,len(self._weight)
+    chance = chance.replace(' ', '(')+')'
+    n_rows = sum(self.sizes)+(self.K or 0)
+    frozen,lr = self._frozen_steps/self._n_steps,self._largest_lr
+    level = sum(loss)/n*lnk
+    if abs(level-lnk)<self.min_nats: has_been = f"been {chance} = {lnk:.2f}"
+    else: has_been = f"not been below {chance} = {lnk:.2f} (it is {level:.2f})"
+    tries = []
+    if on := [f'{o}=False' for o in ('jitter','blur') if self._strength(f'{o}_p')]:
+        tries.append(f"augmentations that leave more of the image ({', '.join(on)})")
+    tries.append(f"eps={_rounded(.03 if self.eps>.03 else self.eps/2)} (now {_rounded(self.eps)})")
+    tries.append(f"lr={_rounded(lr/10)} (now {_rounded(lr)})")
+    if frozen<.5: tries.append(f"freeze_protos_pct={_rounded(min(.5, max(2*frozen, .1)))} (now {_rounded(frozen)})")
+    if n_protos>n_rows:
+        tries.append(f"n_protos={n_rows//2} (now {n_protos}, more than the {n_rows} samples that share them)")
+    return (f"This run does not learn: for {n} steps the loss has {has_been} and every image has got the same code, "
+            f"even to within {lnk*(1-min(entropy)):.2g} nats. Try, one after the other: {'; '.join(tries)}.")
+
+@patch
+def _advice_for_queue(self:SWAV, n, overlap):
+    n_train,batch,lr = len(self.dls.train.dataset),sum(self.sizes),self._largest_lr
+    K,start = max(batch, min(self.K//2, n_train//4)),min(.9, max(2*self.queue_start_pct, .25))
+    tries = [f"K={K} (now {self.K}, of {n_train} training images)"] if K<self.K else []
+    tries.append(f"queue_start_pct={_rounded(start)} (now {_rounded(self.queue_start_pct)})")
+    tries.append(f"lr={_rounded(lr/3)} (now {_rounded(lr)})")
+    tries.append("no queue (K=None)")
+    return (f"The queue is unstable: for {n} steps each batch has been left with {1/overlap:.0%} of the prototypes, "
+            f"because the queue's features, up to {math.ceil(self.K/batch)} steps old, hold the others. "
+            f"Try, one after the other: {'; '.join(tries)}.")
+
+@patch
+def _strength(self:SWAV, name):
+    "Largest probability `name` among the arguments of the pipelines from `get_batch_augs`"
+    augs = [getattr(f, 'aug', None) for p in self.aug_pipelines for f in p.fs]
+    return max(getattr(getattr(o, '_param_generator', o), name, 0) for o in augs)
+
+# %% ../nbs/21_swav.ipynb #15b120c7
+register_method('swav', SWAV, create_swav_model, get_swav_aug_pipelines, swav_recipe)

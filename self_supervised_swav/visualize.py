@@ -20,7 +20,7 @@ from fastai.torch_core import TensorImage, get_model, show_image
 from fastai.vision.augment import Normalize
 from .evaluate import _without_augs, extract_features
 from .models import SwAVModel, in_eval
-from .multiview import _own_randomness
+from .randomness import own_randomness
 from .sinkhorn import sinkhorn
 
 # %% ../nbs/34_visualize.ipynb #55188263
@@ -105,7 +105,7 @@ def sample_images(self:Learner,
     "Some images and their features, for pictures"
     if not _is_count(max_images): raise ValueError(f"max_images must be a positive whole number, got {max_images}")
     dl = self.dls[ds_idx] if dl is None else dl
-    with _own_randomness(seed, dl):
+    with own_randomness(seed, dl):
         n_total = dl.n if isinstance(dl, DataLoader) else None
         idxs = None if n_total is None else torch.randperm(n_total)[:max_images].sort().values.tolist()
         features,images,targets = _look_at(self, dl if idxs is None else _in_part(dl, idxs), max_images, progress)
@@ -274,7 +274,7 @@ def _marks_of(learn, n_steps):
     if not getattr(learn, 'n_epoch', None): return {}
     marks = {'prototypes begin to learn': swav._frozen_steps}
     if swav.K:
-        seen = getattr(monitor, 'queued', None)
+        seen = None if monitor is None else monitor.history.get('uses_queue')
         marks['queue is used'] = (next((i for i,o in enumerate(seen) if o), n_steps) if seen else
                                   max(round(swav.queue_start_pct*swav._n_steps), math.ceil(swav.K/(learn.dls.train.bs or 1))))
     return {k:v for k,v in marks.items() if 0<v<n_steps}
@@ -285,7 +285,7 @@ def _curves_of(learn):
     smooth,lrs = ([float(v) for v in getattr(recorder, o, [])] for o in ('losses','lrs'))
     model = get_model(learn.model)
     n_protos = len(model.prototypes.weight) if isinstance(model, SwAVModel) else None
-    history = monitor.history if monitor is not None and len(monitor.history['loss/lnK']) else None
+    history = monitor.history if monitor is not None and monitor.losses else None
     if not smooth and history is None: raise ValueError("learn has no curves: neither its Recorder nor a CollapseMonitor has seen a step of a training")
     losses,valid = ([o*math.log(n_protos) for o in history['loss/lnK']] if history else smooth),None
     names = list(getattr(recorder, 'metric_names', []))
@@ -438,7 +438,7 @@ def _query(learn, image, sample):
             return sample.images[place],sample.features[place],None if sample.labels is None else sample.labels[place],place
         dl = _in_part(sample.dl, [image])
     else: dl = learn.dls.test_dl([image])
-    with _own_randomness(0, dl): features,images,_ = _look_at(learn, dl, 1)
+    with own_randomness(0, dl): features,images,_ = _look_at(learn, dl, 1)
     return images[0],features[0],None,-1
 
 @patch
@@ -508,7 +508,7 @@ def _batch_with(learn, image):
 def _codes_of(learn, image, seed):
     "Crops of a batch; codes and predictions of its first image; which one it is"
     swav,model = _swav_of(learn),_model_of(learn)
-    with _own_randomness(seed, learn.dls.train):
+    with own_randomness(seed, learn.dls.train):
         x,image = _batch_with(learn, image)
         x = x.to(model.prototypes.weight.device)
         crops = swav.cut(x)

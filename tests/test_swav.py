@@ -323,7 +323,7 @@ def test_whole_step_on_a_pretended_gpu(K, hard):
             for _ in range(3):
                 x = torch.rand(16, 1, 16, 16)
                 assert not (cb.images is None and setattr(cb, 'images', x))
-                assert cb._look is False
+                assert cb._is_time_to_look is False
                 crops = cb.cut(x)
                 assert all(c.device.type=='cuda' for c in crops)
                 loss = cb.view_loss(model(crops))
