@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from fastcore.basics import patch
 from fastai.learner import Learner
-from .checkpoints import atomic_path
+from .files import atomic_path
 from .visualize import (_model_of, _names, _scores, _swav_of, draw_embedding, draw_neighbours, draw_prototypes, nearest_images,
                                             project_features)
 

@@ -6,7 +6,7 @@
 __all__ = ['TrainingStopped', 'ResumeTraining']
 
 # %% ../nbs/27_resume.ipynb #80a6a87f
-import hashlib, os, pickle, random, re, warnings, zipfile
+import hashlib, pickle, random, re
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -19,6 +19,7 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.data.load import DataLoader
 from fastai.learner import Recorder
 from fastai.torch_core import get_model, rank_distrib, set_seed, to_device
+from .files import read_state, write_state
 
 # %% ../nbs/27_resume.ipynb #0b747087
 def _get_rng():
@@ -120,41 +121,6 @@ class _Feed:
             states = [pickle.loads(self.ring[i%len(self.ring)].numpy().tobytes()) for i in used]
             workers = workers | {i%self.n_workers: state for i,state in zip(used, states)}
         return dict(start=self.start, now=_get_rng(), done=n_used, workers=workers)
-
-# %% ../nbs/27_resume.ipynb #26ec5f42
-def _beside(path, ext): return path.with_name(path.name+ext)
-
-def _write(state, path):
-    "Write `state` to `path`, whole or not at all, and keep what was there as `.prev`"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(_beside(path, '.tmp'), 'wb') as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    if path.exists(): os.replace(path, _beside(path, '.prev'))
-    os.replace(_beside(path, '.tmp'), path)
-    if os.name=='posix':                                      # a rename lasts once its folder is on the disk
-        folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
-
-def _read(path):
-    with zipfile.ZipFile(path) as z: bad = z.testzip()
-    if bad: raise OSError(f"{bad} fails its checksum")
-    return torch.load(path, map_location='cpu', weights_only=True)
-
-def _read_last(path):
-    "The last whole checkpoint at `path`, or None where there never was one"
-    prev = _beside(path, '.prev')
-    try: state = _read(path) if path.exists() else _read(prev) if prev.exists() else None
-    except Exception as e:                                    # which kind depends on where the damage is
-        if not (path.exists() and prev.exists()):
-            raise OSError(f"{path} cannot be read ({e}); delete it to start anew") from e
-        warnings.warn(f"{path} cannot be read ({e}): going on from {prev}")
-        state = _read(prev)
-        if not rank_distrib(): os.replace(path, _beside(path, '.bad'))  # lest the next write put it over the good one
-    if state is not None and 'settings' not in state: raise ValueError(f"{path} is not a file of ResumeTraining")
-    return state
 
 # %% ../nbs/27_resume.ipynb #a3769949
 _atoms = bool,int,float,str,type(None)
@@ -329,7 +295,9 @@ class ResumeTraining(Callback):
 
     def _begin(self):
         "Find out at which epoch and batch to start"
-        self.settings,ckpt = _get_settings(self.learn, self.n_fit==0),_read_last(self.file)
+        self.settings = _get_settings(self.learn, self.n_fit==0)
+        ckpt = read_state(self.file, set_aside=not rank_distrib())
+        if ckpt is not None and 'settings' not in ckpt: raise ValueError(f"{self.file} is not a file of ResumeTraining")
         if ckpt and ckpt['fit']<self.n_fit: ckpt = None  # of the fit before this
         if ckpt and ckpt['fit']>self.n_fit:
             _say(f"{self.file}: fit {self.n_fit+1} is finished, a later one is under way")
@@ -368,7 +336,7 @@ class ResumeTraining(Callback):
         sd = model.state_dict()
         for k,v in sd.items(): sd[k] = _plain(v)
         scaler = getattr(learn, 'scaler', None)
-        _write(dict(
+        write_state(dict(
             settings=self.settings, fit=self.n_fit, epoch=epoch, batch=batch, finished=finished, places=places,
             model=sd, grads=_get_grads(model), opt=_plain(learn.opt.state_dict()),
             scaler=None if scaler is None else _plain(scaler.state_dict()),

@@ -19,9 +19,10 @@ from torch import nn
 
 from helpers import digits, seed_all, small_augs, small_learner
 from test_distributed import ctx, run_ranks
-from self_supervised_swav import resume
+from self_supervised_swav import files, resume
+from self_supervised_swav.files import read_state, write_state
 from self_supervised_swav.optimizer import lars
-from self_supervised_swav.resume import ResumeTraining, TrainingStopped, _read_last, _write
+from self_supervised_swav.resume import ResumeTraining, TrainingStopped
 
 
 class Noisy:
@@ -352,7 +353,7 @@ def test_damage_anywhere_is_noticed(tmp_path):
     "A byte changed or a tail cut off gives one of the two checkpoints that were written, never something else"
     path = tmp_path/'x.pth'
     states = [dict(settings={}, w=torch.full((500,), float(i)), i=i) for i in range(2)]
-    for s in states: _write(s, path)
+    for s in states: write_state(s, path)
     good,prev = path.read_bytes(),(tmp_path/'x.pth.prev').read_bytes()
     rnd,fell_back = random.Random(0),0
     for trial in range(80):
@@ -362,7 +363,7 @@ def test_damage_anywhere_is_noticed(tmp_path):
         path.write_bytes(data); (tmp_path/'x.pth.prev').write_bytes(prev)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            s = _read_last(path)
+            s = read_state(path)
         assert s['i'] in (0, 1) and torch.equal(s['w'], states[s['i']]['w'])
         fell_back += s['i']==0
     assert fell_back > 50
@@ -381,21 +382,31 @@ def test_nothing_whole_is_an_error(tmp_path):
     with pytest.raises(OSError, match='delete it to start anew'): make(tmp_path/'last.pth').fit(1)
 
 def test_dying_between_any_two_calls_of_the_system(tmp_path, monkeypatch):
+    "Whatever call to the system is the last one, the file read next is the old one or the new one"
     path = tmp_path/'x.pth'
-    for i in range(3): _write(dict(settings={}, i=i), path)
-    for i,call in enumerate(('fsync','replace','replace','fsync','close'), 3):
-        n = 1 if (i,call) in ((5,'replace'), (6,'fsync')) else 0
-        real = getattr(os, call)
-        def die(*args, **kwargs):
-            nonlocal n
-            if n==0: raise PowerCut()
-            n -= 1
-            return real(*args, **kwargs)
-        monkeypatch.setattr(resume.os, call, die)
-        with pytest.raises(PowerCut): _write(dict(settings={}, i=i), path)
-        monkeypatch.undo()
-        assert _read_last(path)['i'] in (i-1, i)
-        _write(dict(settings={}, i=i), path)
+    for i in range(2): write_state(dict(settings={}, i=i), path)
+    calls,died = ('open','fsync','replace','close'),[]
+    for n in range(100):
+        left = n
+        def dying(call, real):
+            def run(*args, **kwargs):
+                nonlocal left
+                left -= 1
+                if left == -1:
+                    died.append(call)
+                    raise PowerCut()
+                return real(*args, **kwargs)
+            return run
+        i += 1
+        with monkeypatch.context() as m:
+            m.setattr(Path, 'unlink', lambda *_, **__: None)      # the dead delete nothing
+            for call in calls: m.setattr(files.os, call, dying(call, getattr(os, call)))
+            try: write_state(dict(settings={}, i=i), path)
+            except PowerCut: pass
+        if len(died) == n: break                                  # it came through
+        assert read_state(path)['i'] in (i-1, i)
+        write_state(dict(settings={}, i=i), path)
+    assert died == ['open','fsync','close','replace','replace','open','fsync','close']
 
 
 # ---- kill -9
