@@ -1,6 +1,7 @@
 "Everything: `from self_supervised_swav.all import *`"
 from .sinkhorn import *
 from .losses import *
+from .contrastive import *
 from .stats import *
 from .knn import *
 from .recipes import *
