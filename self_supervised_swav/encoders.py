@@ -186,3 +186,9 @@ def encoder_name(
     known = [getattr(encoder, o, None) for o in ('settings','pretrained_cfg','default_cfg')]
     names = [o.get('arch') or o.get('architecture') for o in known if isinstance(o, dict)]
     return next((o for o in names if isinstance(o, str)), type(getattr(encoder, '_orig_mod', encoder)).__name__)
+
+def first_conv(
+    module # An encoder, or a model with one
+)->nn.Conv2d|None:
+    "The first convolution in `module`, None without one"
+    return next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)

@@ -6,6 +6,7 @@
 __all__ = ['paper_recipe', 'Recipe', 'swav_recipe']
 
 # %% ../nbs/04_recipes.ipynb #5ab59802
+import math
 from html import escape
 
 # %% ../nbs/04_recipes.ipynb #21a88779
@@ -89,25 +90,107 @@ class Recipe(dict):
 
     def rows(self):
         "Setting, value and reason of each"
-        return [(f'{g}.{n}', _shown(v), self.reasons.get(f'{g}.{n}', '')) for g,settings in self.items() for n,v in settings.items()]
+        return [(f'{g}.{n}', _value_text(v), self.reasons.get(f'{g}.{n}', '')) for g,d in self.items() for n,v in d.items()]
 
     def __str__(self):
         rows = self.rows()
-        a,b = (max((len(r[i]) for r in rows), default=0) for i in range(2))
-        return '\n'.join(f'{s:{a}}  {v:{b}}  {why}'.rstrip() for s,v,why in rows)
+        n_setting,n_value = (max((len(r[i]) for r in rows), default=0) for i in range(2))
+        return '\n'.join(f'{s:{n_setting}}  {v:{n_value}}  {why}'.rstrip() for s,v,why in rows)
 
     def _repr_html_(self):
         cells = [''.join(f'<td style="text-align:left">{escape(o)}</td>' for o in row) for row in self.rows()]
         head = ''.join(f'<th style="text-align:left">{o}</th>' for o in ('setting','value','reason'))
         return f'<table><tr>{head}</tr>' + ''.join(f'<tr>{o}</tr>' for o in cells) + '</table>'
 
-def _shown(v): return f'{v:.4g}' if isinstance(v, float) else repr(v)
+def _value_text(v): return f'{v:.4g}' if isinstance(v, float) else repr(v)
 
 # %% ../nbs/04_recipes.ipynb #9f841d63
-def _at_least(name, value, least):
+def _check_at_least(name, value, least):
     if not (isinstance(value, int) and not isinstance(value, bool) and value>=least):
         raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
+def _shorter_side(image_size):
+    sides = tuple(image_size) if isinstance(image_size, (tuple,list)) else (image_size,)*2
+    if len(sides)!=2 or not all(isinstance(o, int) and o>=8 for o in sides):
+        raise ValueError(f"image_size must be a whole number of pixels, at least 8, or (height, width), got {image_size!r}")
+    return min(sides)
+
+def _is_few(n_images): return n_images<100_000
+def _round_lr(lr): return float(f'{min(lr, 4e-3):.1e}')
+
+# %% ../nbs/04_recipes.ipynb #cac6bcc5
+def round_down(n, step): return n//step*step
+def round_up(n, step): return math.ceil(n/step)*step
+
+def common_recipe(
+    method, # Name of the method, for the group of its settings
+    n_images, # Images to train on
+    bs, # Batch size of one process
+    image_size, # Height and width of the images, or both as a tuple
+    n_classes=None, # How many kinds of images are expected
+    world_size=1, # Processes that train together
+) -> Recipe: # Keyword arguments, by the function that takes them, with their reasons
+    "What the recipes of all methods share; the group `method` is empty"
+    size = _shorter_side(image_size)
+    for name,value,least in (('n_images',n_images,2), ('bs',bs,2), ('world_size',world_size,1)):
+        _check_at_least(name, value, least)
+    if n_classes is not None: _check_at_least('n_classes', n_classes, 1)
+    batch = bs*world_size
+    if batch>n_images:
+        raise ValueError(f"bs must be at most n_images/world_size = {n_images//world_size}, got {bs}: "
+                         "an epoch would have no whole batch")
+    few,tiny,steps = _is_few(n_images),size<64,n_images//batch
+    r = Recipe({g: {} for g in ('dls','encoder','model','augs',method,'opt','fit')})
+
+    of_batch = f'{batch} images' if world_size==1 else f'{world_size} processes x {bs} images'
+    r.put('dls', 'bs', bs, f'given: {of_batch} a step, {steps:,} steps an epoch')
+    r.put('dls', 'drop_last', True, 'the loss and batch norm need whole batches')
+
+    r.put('encoder', 'pretrained', False, 'random weights: the encoder learns from these images only')
+    if tiny: why = f'images of {size} px are smaller than 64 px: the stem for ImageNet would shrink them to a point'
+    else: why = f'images of {size} px are at least 64 px: the stem for ImageNet fits'
+    r.put('encoder', 'small_images', tiny, why)
+    if tiny:
+        r.put('encoder', 'zero_init_last', False, 'a small network learns sooner when its residual branches do not start at zero')
+
+    why = f'the paper has 2048 for ImageNet; {n_images:,} images {"need fewer" if few else "are many, too"}'
+    r.put('model', 'hidden_size', 512 if few else 2048, why)
+    r.put('model', 'projection_size', 128, "as in the paper")
+    _put_crops(r, size, few, tiny)
+
+    r.put('opt', 'wd', 0.01, "Adam's default in fastai, decoupled")
+    n_epoch = max(20, min(200, math.ceil(4000/steps)))
+    r.put('fit', 'n_epoch', n_epoch, f'{n_epoch*steps:,} steps; longer training usually helps')
+    lr = _round_lr(1e-3*(batch/64)**.5)
+    r.put('fit', 'lr', lr, f'0.001 for a batch of 64 with Adam, times the square root of {batch}/64')
+    return r
+
+def _put_crops(r, size, few, tiny):
+    "Crops that show enough of an image of `size` pixels"
+    def share(px, least, most): return round(min(most, max(least, (px/size)**2)), 2)
+    large = min(size, 224)
+    ratio,ratio_text = (5/8,'5/8') if large<128 else (3/7,'3/7')
+    small = max(1, round(large*ratio))
+    lo,lo_small = share(18, .14, .6),share(11, .05, .35)
+    hi_small = .14 if lo==.14 else round(lo+.1, 2)
+    px_large,px_small,px_small_most = (round(size*o**.5) for o in (lo,lo_small,hi_small))
+    n_small,why = (4,'four') if tiny else (6,'six, as in the paper,')
+    r.put('augs', 'num_crops', (2,n_small), f'two large crops, and {why} small ones, which cost little')
+    at_most = ', at most 224' if size>224 else ''
+    r.put('augs', 'crop_sizes', (large,small), f'the {size} px of the images{at_most}, and {ratio_text} of that')
+    r.put('augs', 'min_scales', (lo,lo_small),
+          f'a large crop shows at least {px_large} of {size} px across, a small one at least {px_small}')
+    r.put('augs', 'max_scales', (1.,hi_small),
+          f'a large crop shows at most the whole image, a small one at most {px_small_most} px across')
+    r.put('augs', 'flip_p', 0.5, 'a mirrored image shows the same thing; use 0 where it does not, as for text and digits')
+    why = "half the paper's strength: with few images, strong jitter hurts" if few else "as in the paper"
+    r.put('augs', 'jitter_s', 0.5 if few else 1., why)
+    r.put('augs', 'blur', not tiny, f'images of {size} px have no detail to lose' if tiny else
+          f'up to {2*large/224:.2g} px, in proportion to the crop')
+    if not tiny:
+        r.put('augs', 'blur_s', (.1, max(.1, round(2*large/224, 2))), f"the paper's 2 px for crops of 224 px, scaled to {large} px")
+
+# %% ../nbs/04_recipes.ipynb #29ad750e
 def swav_recipe(
     n_images, # Images to train on
     bs, # Batch size of one process
@@ -117,67 +200,37 @@ def swav_recipe(
     n_protos=None, # Number of prototypes, if it is decided; the queue follows it
 ) -> Recipe: # Keyword arguments, by the function that takes them, with their reasons
     "Hyper-parameters of SwAV for a data set"
-    sides = tuple(image_size) if isinstance(image_size, (tuple,list)) else (image_size,)*2
-    if len(sides)!=2 or not all(isinstance(o, int) and o>=8 for o in sides):
-        raise ValueError(f"image_size must be a whole number of pixels, at least 8, or (height, width), got {image_size!r}")
-    for name,value,least in (('n_images',n_images,2), ('bs',bs,2), ('world_size',world_size,1)): _at_least(name, value, least)
-    if n_classes is not None: _at_least('n_classes', n_classes, 1)
-    if n_protos is not None: _at_least('n_protos', n_protos, 2)
-    B,size = bs*world_size,min(sides)
-    if B>n_images: raise ValueError(f"bs must be at most n_images/world_size = {n_images//world_size}, got {bs}: an epoch would have no whole batch")
-    few,tiny = n_images<100_000,size<64
-    steps = n_images//B
-    r = Recipe()
-
-    # data
-    of_batch = f'{B} images' if world_size==1 else f'{world_size} processes x {bs} images'
-    r.put('dls', 'bs', bs, f'given: {of_batch} a step, {steps:,} steps an epoch')
-    r.put('dls', 'drop_last', True, 'Sinkhorn and batch norm want whole batches')
-
-    # encoder
-    r.put('encoder', 'pretrained', False, 'random weights: what is learnt comes from these images')
-    why = f'images of {size} px are {"under" if tiny else "not under"} 64 px'
-    r.put('encoder', 'small_images', tiny, f'{why}: {"the stem of ImageNet would shrink them to a point" if tiny else "the stem of ImageNet fits"}')
-    if tiny: r.put('encoder', 'zero_init_last', False, 'a small network learns sooner when its residual branches start alive')
-
-    # prototypes and queue
-    wanted,why_protos = _wanted_protos(n_images, n_classes)
-    K_max = min(15*B, (n_images-1)//4//B*B)
+    if n_protos is not None: _check_at_least('n_protos', n_protos, 2)
+    r = common_recipe('swav', n_images, bs, image_size, n_classes, world_size)
+    batch = bs*world_size
+    longest_queue = min(15*batch, round_down((n_images-1)//4, batch))
     if n_protos is None:
-        n_protos = max(2, min(wanted, 2*(B+K_max)))
-        if n_protos<wanted: why_protos += f', but no more than twice the {B+K_max:,} rows of batch and queue'
-    else: why_protos = 'given'
-    K = 0 if n_protos<=2*B else min(K_max, max(B, -(-(4*n_protos//3-B)//B)*B))
-    why = f'the paper has 2048 for ImageNet; {n_images:,} images {"need less" if few else "are many, too"}'
-    r.put('model', 'hidden_size', 512 if few else 2048, why)
-    r.put('model', 'projection_size', 128, 'the paper\'s')
-    r.put('model', 'n_protos', n_protos, why_protos)
+        wanted,why = _wanted_protos(n_images, n_classes)
+        n_protos = max(2, min(wanted, 2*(batch+longest_queue)))
+        if n_protos<wanted: why += f', but at most twice the {batch+longest_queue:,} rows of batch and queue'
+    else: why = 'given'
+    r.put('model', 'n_protos', n_protos, why)
 
-    # crops
-    _put_crops(r, size, few, tiny)
-
-    # codes
     r.put('swav', 'crop_assgn_ids', [0,1], 'codes come from the large crops')
-    r.put('swav', 'temp', 0.1, 'the paper\'s')
-    sharper = f'{n_images:,} images are few: sharper codes than the paper\'s 0.05, or the loss stays at ln({n_protos})'
-    r.put('swav', 'eps', *((0.02, sharper) if few else (0.05, 'the paper\'s')))
-    r.put('swav', 'n_sinkh_iter', 3, 'the paper\'s')
-    if K: why = f'{B} images cannot share {n_protos:,} prototypes: {K//B} batches more, {B+K:,} rows, {K/n_images:.1%} of the {n_images:,} images'
-    elif n_protos<=2*B: why = f'no queue: {B} images a step are enough to share {n_protos:,} prototypes'
-    else: why = f'no queue: a quarter of {n_images:,} images is less than a batch of {B}'
+    r.put('swav', 'temp', 0.1, 'as in the paper')
+    if _is_few(n_images):
+        r.put('swav', 'eps', 0.02, f"with only {n_images:,} images, codes must be sharper than with the paper's 0.05, "
+                                   f"or the loss stays at ln({n_protos})")
+    else: r.put('swav', 'eps', 0.05, 'as in the paper')
+    r.put('swav', 'n_sinkh_iter', 3, 'as in the paper')
+
+    enough = n_protos<=2*batch
+    wanted_queue = round_up(4*n_protos//3-batch, batch)  # with the batch, a third more rows than prototypes
+    K = 0 if enough else min(longest_queue, max(batch, wanted_queue))
+    if K:
+        why = (f'{batch} images cannot share {n_protos:,} prototypes: with {K//batch} batches more there are {batch+K:,} rows; '
+               f'the queue holds {K/n_images:.1%} of the {n_images:,} images')
+    elif enough: why = f'no queue: {batch} images a step are enough to share {n_protos:,} prototypes'
+    else: why = f'no queue: a quarter of the {n_images:,} images is less than a batch of {batch}'
     r.put('swav', 'K', K or None, why)
-    r.put('swav', 'queue_start_pct', 0.25, 'features must settle before the queue holds them' if K else 'no queue')
-    r.put('swav', 'freeze_protos_pct', 0.05, 'prototypes stay for a twentieth of the fit: the encoder moves to them first')
-
-    # optimizer and fit
-    lr = _round_lr(1e-3*(B/64)**.5)
-    r.put('opt', 'wd', 0.01, 'Adam\'s default in fastai, decoupled')
-    n_epoch = max(20, min(200, -(-4000//steps)))
-    r.put('fit', 'n_epoch', n_epoch, f'{n_epoch*steps:,} steps; more epochs help for long')
-    r.put('fit', 'lr', lr, f'0.001 at a batch of 64 with Adam, times the root of {B}/64')
+    r.put('swav', 'queue_start_pct', 0.25, 'features must settle before the queue is used' if K else 'no queue')
+    r.put('swav', 'freeze_protos_pct', 0.05, 'prototypes stay fixed for the first twentieth of the fit, until the encoder fits them')
     return r
-
-def _round_lr(lr): return float(f'{min(lr, 4e-3):.1e}')
 
 def _wanted_protos(n_images, n_classes):
     "Number of prototypes for a data set, and why"
@@ -186,24 +239,5 @@ def _wanted_protos(n_images, n_classes):
         why = f'ten for each of {n_classes:,} classes' if n==10*n_classes else f'{n_classes} classes, and at least 16'
     else:
         n = 2**max(4, (round(1.3*n_images**.5)*3//2).bit_length()-1)
-        why = f'about the root of {n_images:,} images, for lack of n_classes'
-    return (n,why) if n<=3000 else (3000,f'{why}, but the paper\'s 3000 did for ImageNet')
-
-def _put_crops(r, size, few, tiny):
-    "Crops that show enough of an image of `size` pixels"
-    def share(px, least, most): return round(min(most, max(least, (px/size)**2)), 2)
-    large = min(size, 224)
-    small = max(1, round(large*(5/8 if large<128 else 3/7)))
-    lo,lo_small = share(18, .14, .6),share(11, .05, .35)
-    hi_small = .14 if lo==.14 else round(lo+.1, 2)
-    r.put('augs', 'num_crops', (2,4) if tiny else (2,6), f'{"four" if tiny else "six, as in the paper,"} small crops beside the two that get codes')
-    ratio = '5/8' if large<128 else '3/7'
-    r.put('augs', 'crop_sizes', (large,small), f'the {size} px of the images{", at most 224" if size>224 else ""}, and {ratio} of it')
-    seen = [round(size*o**.5) for o in (lo,lo_small,hi_small)]
-    r.put('augs', 'min_scales', (lo,lo_small), f'a large crop shows {seen[0]} of {size} px across or more, a small one {seen[1]} or more')
-    r.put('augs', 'max_scales', (1.,hi_small), f'a large crop up to the whole image, a small one up to {seen[2]} px across')
-    r.put('augs', 'flip_p', 0.5, 'a mirrored image is the same thing; 0 where it is not, as for text and digits')
-    r.put('augs', 'jitter_s', 0.5 if few else 1., 'half the paper\'s: few images bear less' if few else 'the paper\'s')
-    blur = not tiny
-    r.put('augs', 'blur', blur, f'up to {2*large/224:.2g} px, in proportion to the crop' if blur else f'{size} px have no detail to lose')
-    if blur: r.put('augs', 'blur_s', (.1, max(.1, round(2*large/224, 2))), f'the paper\'s 2 px at 224 px, at {large} px')
+        why = f'about the square root of {n_images:,} images; n_classes is not given'
+    return (n,why) if n<=3000 else (3000,f"{why}, but the paper's 3000 were enough for ImageNet")

@@ -8,15 +8,17 @@ __all__ = ['SWAV']
 # %% ../nbs/21_swav.ipynb #6ef7de58
 import math, warnings
 from functools import partial
-import torch
+import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from fastai.callback.hook import total_params
 from .augment import get_swav_aug_pipelines
 from .collectives import share
+from .drawings import check_finite, draw_codes, draw_prototypes
 from .losses import swapped_loss
-from .models import SwAVModel, create_swav_model
-from .multiview import MultiView, register_method
-from .recipes import swav_recipe
+from .models import SwAVModel, create_swav_model, in_eval
+from .multiview import MultiView, Picture, register_method
+from .randomness import own_randomness
+from .recipes import round_down, swav_recipe
 from .sinkhorn import sinkhorn
 from .stats import code_entropy, code_overlap, effective_rank, feature_spread, mean_code_entropy
 
@@ -32,7 +34,7 @@ class SWAV(MultiView):
     min_nats,max_overlap = 0.05,1.25  # thresholds of `judge`
 
     def __init__(self,
-        aug_pipelines, # One fastai `Pipeline` for each crop, with `split_idx=0`: see `get_swav_aug_pipelines`
+        aug_pipelines=None, # Required: one fastai `Pipeline` for each crop, as `get_swav_aug_pipelines` gives them
         crop_assgn_ids=(0,1), # Which crops get codes: indices into `aug_pipelines`, in the paper the two large crops
         K:int|None=None, # Length of each assigned crop's queue, less than the training set's; None for no queue
         queue_start_pct:float=0.25, # Share of the fit, in [0,1], after which the codes use the queue
@@ -59,18 +61,31 @@ class SWAV(MultiView):
         self.temp,self.eps,self.n_sinkh_iter = temp,eps,n_sinkh_iter
         self.freeze_protos_pct,self.hard = freeze_protos_pct,hard
         self.codes,self.scratch = None,{}
+        self._check_order()
+
+    def _check_order(self):
+        "Warn if other crops are larger than those that get codes, as when the pipelines are in reverse order"
+        sizes = self.views.sizes
+        assigned = [sizes[i] or 0 for i in self.crop_assgn_ids]
+        others = [o or 0 for i,o in enumerate(sizes) if i not in self.crop_assgn_ids]
+        if others and 0<min(assigned)<max(others):
+            warnings.warn(f"crop_assgn_ids={self.crop_assgn_ids} gives codes to crops of {min(assigned)} px, while others have "
+                          f"{max(others)} px: codes should come from the largest crops, which aug_pipelines has first", stacklevel=3)
 
     # before the first step
     def before_fit(self):
         super().before_fit()
-        model,n_train = self.bare_model,len(self.dls.train.dataset)
+        model = self.bare_model
         if not isinstance(model, SwAVModel):
             raise TypeError("model must be a SwAVModel, with prototypes, as create_swav_model gives, "
                             f"got {type(model).__name__}")
-        if self.K is not None and 0<n_train<=self.K:
-            raise ValueError(f"K must be smaller than the training set of {n_train} images, got {self.K}")
+        self._check_queue(len(self.dls.train.dataset))
         model.prototypes.normalize_()
         model.queue.resize(*((len(self.crop_assgn_ids),self.K,self._weight.shape[1]) if self.K else (0,0,0)))
+
+    def _check_queue(self, n_images):
+        if self.K is not None and 0<n_images<=self.K:
+            raise ValueError(f"K must be smaller than the training set of {n_images} images, got {self.K}")
 
     def check_pred(self, pred):
         n,K,d = 2*self.n_views,*self._weight.shape
@@ -159,6 +174,19 @@ def model_settings(self:SWAV):
         'projector': f'{total_params(model.projector)[0]:,} parameters, to {dim} dimensions',
         'prototypes': f'{n_protos:,}', 'queue': queue}
 
+# %% ../nbs/21_swav.ipynb #257f7937
+@patch
+def concerns(self:SWAV, n_images, batch):
+    self._check_queue(n_images)
+    K,n_protos,texts = self.K or 0,len(self._weight),[]
+    if 4*K>n_images:
+        texts.append(f"K={K} is more than a quarter of the {n_images} training images: the queue will hold other crops of "
+                     f"the images that it is compared with. Try K={round_down((n_images-1)//4, batch) or None}")
+    if n_protos>4*(batch+K):
+        texts.append(f"n_protos={n_protos} is far more than the {batch+K} rows of batch and queue that share them: "
+                     f"the loss tends to stay at ln({n_protos}). Try n_protos={2*(batch+K)}")
+    return texts
+
 # %% ../nbs/21_swav.ipynb #6965edcc
 @patch
 def health(self:SWAV, pred):
@@ -218,7 +246,7 @@ def _advice_if_collapsed(self:SWAV, n, loss, entropy):
     if abs(level-lnk)<self.min_nats: has_been = f"been {chance} = {lnk:.2f}"
     else: has_been = f"not been below {chance} = {lnk:.2f} (it is {level:.2f})"
     tries = []
-    if on := [f'{o}=False' for o in ('jitter','blur') if self._strength(f'{o}_p')]:
+    if on := [f'{o}=False' for o in ('jitter','blur') if self.views.strength(o)]:
         tries.append(f"augmentations that leave more of the image ({', '.join(on)})")
     tries.append(f"eps={_rounded(.03 if self.eps>.03 else self.eps/2)} (now {_rounded(self.eps)})")
     tries.append(f"lr={_rounded(lr/10)} (now {_rounded(lr)})")
@@ -240,11 +268,55 @@ def _advice_for_queue(self:SWAV, n, overlap):
             f"because the queue's features, up to {math.ceil(self.K/batch)} steps old, hold the others. "
             f"Try, one after the other: {'; '.join(tries)}.")
 
+# %% ../nbs/21_swav.ipynb #d570eaf7
 @patch
-def _strength(self:SWAV, name):
-    "Largest probability `name` among the arguments of the pipelines from `get_batch_augs`"
-    augs = [getattr(f, 'aug', None) for p in self.aug_pipelines for f in p.fs]
-    return max(getattr(getattr(o, '_param_generator', o), name, 0) for o in augs)
+def proto_scores(self:SWAV,
+    features:torch.Tensor # (n,d) features from the encoder
+)->torch.Tensor: # (n,K), on the CPU
+    "Cosines of features with the prototypes, after the projector"
+    model,device = self.bare_model,self._weight.device
+    with in_eval(model):
+        embeddings = (F.normalize(model.projector(o.to(device)).float(), dim=1) for o in features.split(1024))
+        return torch.cat([model.prototypes(o).cpu() for o in embeddings])
+
+@patch
+def codes_and_predictions(self:SWAV,
+    crops:list # One (B,C,s,s) tensor a view, as `cut` gives them
+)->tuple: # (A,K) codes and (V,K) predictions, on the CPU
+    "What the crops of a batch's first image are assigned to, and what they predict"
+    model = self.bare_model
+    with in_eval(model):
+        scores = model(crops)[1].unflatten(0, (len(crops),-1)).float()
+        check_finite('scores', scores.flatten(0, 1))
+        past = [model.prototypes(o) for o in model.queue.features] if model.queue.full else [scores[0,:0]]*len(scores)
+        codes = [sinkhorn(torch.cat([scores[i],old]), self.eps, self.n_sinkh_iter, hard=self.hard, bound=1.)[0]
+                 for i,old in zip(self.crop_assgn_ids, past)]
+    return torch.stack(codes).cpu(),(scores[:,0]/self.temp).softmax(1).cpu()
+
+@patch
+def _draw_codes(self:SWAV, sample, seed=0, n_top=8, **kwargs):
+    x,image = sample.batch(seed=seed)
+    with own_randomness(seed): crops = self.cut(x.to(self._weight.device))
+    views = [o[0].cpu() for o in self.views.decode(crops, 1)]
+    codes,preds = self.codes_and_predictions(crops)
+    return draw_codes(views, codes, preds, self.crop_assgn_ids, min(n_top, preds.shape[1]), note=f'image {image}', **kwargs)
+
+@patch
+def _draw_prototypes(self:SWAV, sample, n=8, k=8, **kwargs):
+    n,k = min(n, len(self._weight)),min(k, len(sample.images))
+    return draw_prototypes(sample.images, self.proto_scores(sample.features), n, k, note=sample.note, **kwargs)
+
+@patch
+def pictures(self:SWAV, sample):
+    return [
+        Picture('Codes', partial(self._draw_codes, sample),
+            "Crops of one image beside bars for codes and predictions over the prototypes that matter most for it",
+            "Each crop has to predict the codes of the other large crops: orange bars should look like the blue bars of other "
+            "rows. In a model that has learned nothing, all bars are even."),
+        Picture('Prototypes', partial(self._draw_prototypes, sample),
+            "Rows of images nearest to prototypes, the most used and the least used",
+            "A row is a group that the model has found by itself. The same images in every row mean collapse; many prototypes "
+            "at 0 % mean that there are more prototypes than these images fill.")]
 
 # %% ../nbs/21_swav.ipynb #15b120c7
 register_method('swav', SWAV, create_swav_model, get_swav_aug_pipelines, swav_recipe)

@@ -67,7 +67,7 @@ def test_names_and_dicts_are_the_same():
     assert flat.wd==.3 and sum(isinstance(m, torch.nn.Linear) for m in flat.model.projector)==3
 
 def test_every_setting_is_known_by_one_name():
-    names = [n for ns in learner._settings.values() for n in ns]
+    names = [n for ns in learner._settings_of('swav').values() for n in ns]
     assert len(names)==len(set(names)) and set(names)>={'n_protos','eps','K','crop_sizes','blur','flip_p','small_images','pretrained','lr','opt_func','moms','metrics'}
 
 @pytest.mark.parametrize('wrong,close', [('n_proto','n_protos'),('crop_size','crop_sizes'),('epsilon','eps'),('ndclasses','n_classes'),('freeze_pct','freeze_protos_pct')])
@@ -161,7 +161,7 @@ def test_warns_of_what_disappoints(kwargs, text):
 def test_model_and_random_state_are_left_alone_by_looking():
     enc = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, **small)
     before,state = {k: v.clone() for k,v in enc.state_dict().items()},torch.get_rng_state()
-    assert learner._look_at(enc, 16, 1)==8 and enc.training and not any(m._forward_hooks for m in enc.modules())
+    assert learner._stride_at(enc, 16, 1)==8 and enc.training and not any(m._forward_hooks for m in enc.modules())
     assert all(v.equal(before[k]) for k,v in enc.state_dict().items()) and torch.get_rng_state().equal(state)
 
 @pytest.mark.parametrize('fast', [False,True])

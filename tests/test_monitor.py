@@ -8,6 +8,7 @@ from helpers import small_augs, small_learner
 from self_supervised_swav.evaluate import KNNMetric
 from self_supervised_swav.models import create_swav_model
 from self_supervised_swav.monitor import CollapseMonitor, CollapseWarning, EpochColumns
+from self_supervised_swav.multiview import MultiView
 from self_supervised_swav.resume import ResumeTraining, TrainingStopped
 from self_supervised_swav.stats import code_entropy, effective_rank, feature_spread, mean_code_entropy
 from test_distributed import _learner, run_ranks
@@ -146,7 +147,8 @@ def test_no_look_between_looks(monkeypatch):
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: looks.append(self.shape) or tolist(self))
     fit(learn, 1)
-    assert [tuple(s) for s in looks if tuple(s)[:1]==(8,)]==[(8,7),(8,7),(8,6)]
+    numbers = 1+len(learn.swav.signs)  # the loss and the signs; a batch of crops reads tables of (n,4)
+    assert [tuple(s) for s in looks if len(s)==2 and s[0]==numbers and s[1]!=4]==[(numbers,7),(numbers,7),(numbers,6)]
 
 @pytest.mark.parametrize('at', [3, 7, 9, 12])
 def test_goes_on_where_the_fit_does(tmp_path, at):
@@ -181,6 +183,71 @@ def test_epoch_columns_with_other_metrics():
     learn = learner(n=100, cbs=[Two(['a','b'])])
     learn.fit(2)
     assert list(learn.recorder.metric_names[3:5])==['a','b'] and [list(v[2:]) for v in learn.recorder.values]==[[1.,0],[1.,1]]
+
+# --- another method, which the monitor does not know ------------------------------------------------------------------------
+class Agree(MultiView):
+    "Embeddings of an image's first two crops should point the same way, and nothing keeps all of them apart"
+    signs,columns = ('distance','spread'),('distance','last_spread')
+    @property
+    def chance_loss(self): return 1.,'one'
+    def _pair(self, pred): return nn.functional.normalize(pred[0], dim=1).unflatten(0, (self.n_views,-1))[:2]
+    def view_loss(self, pred):
+        a,b = self._pair(pred)
+        return (1-(a*b).sum(1)).mean()
+    def health(self, pred):
+        self.seen['n'] = self.seen.get('n', 0)+1
+        return dict(spread=feature_spread(self._pair(pred.__class__(o.detach() for o in pred))), distance=self.learn.loss.detach())
+    def epoch_health(self, history): return super().epoch_health(history) | dict(last_spread=history['spread'][-1])
+    def judge(self, history, n):
+        if max(history['spread'][-n:])<1e-3: return f'All embeddings are the same for {n} steps.'
+
+def other_method(*cbs, encoder=None):
+    learn = learner(encoder, n=400, cbs=cbs)
+    learn.remove_cb(learn.swav)
+    learn.add_cb(Agree(small_augs(**plain)))
+    return learn
+
+def test_another_methods_signs_columns_and_judgment():
+    learn = other_method(CollapseMonitor(every=3))
+    assert fit(learn, 2)==[]
+    m = learn.collapse_monitor
+    assert list(m.history)==['distance','spread'] and len(m.history['spread'])==len(m.losses)==40 and m.history['distance']==m.losses
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','distance','last_spread','time']
+    last = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    assert last['distance']==pytest.approx(sum(m.losses[20:])/20) and last['last_spread']==m.history['spread'][-1]
+    assert m.verdict()=='Nothing amiss in 40 steps.' and learn.agree.seen=={}
+    learn = other_method(CollapseMonitor(stop=True), encoder=Constant())
+    assert fit(learn, 4)==['All embeddings are the same for 20 steps. The fit ends here.'] and learn.collapse_monitor.n_steps==20
+
+def test_another_method_goes_on_where_the_fit_does(tmp_path):
+    def make(path): return other_method(CollapseMonitor(every=7), ResumeTraining(path, every=100))
+    whole = make(tmp_path/'whole.pth')
+    whole.fit(2, 3e-3)
+    cut = make(tmp_path/'cut.pth')
+    one_batch = cut.one_batch
+    def asking(i, b):
+        if cut.training and cut.train_iter==24: cut.resume_training.stop()
+        one_batch(i, b)
+    cut.one_batch = asking
+    with pytest.raises(TrainingStopped): cut.fit(2, 3e-3)
+    again = make(tmp_path/'cut.pth')
+    again.fit(2, 3e-3)
+    assert again.collapse_monitor.history==whole.collapse_monitor.history and again.recorder.values==whole.recorder.values
+
+# --- the verdict --------------------------------------------------------------------------------------------------------------
+def test_verdict():
+    m = CollapseMonitor()
+    assert m.verdict()=='No step was recorded.'
+    learn = learner(n=50, cbs=[CollapseMonitor()])
+    learn.fit(1)
+    assert learn.collapse_monitor.verdict()=='Too short to judge: 2 steps, and 20 are needed.'
+    learn = learner(Constant(), cbs=[CollapseMonitor()])
+    fit(learn, 2, 1e-2)
+    assert learn.collapse_monitor.verdict().startswith('Step 20: This run does not learn')
+    learn = learner(n=400, cbs=[CollapseMonitor()])
+    learn.collapse_monitor.min_patience = 5
+    fit(learn, 1, 0.)  # weights that nothing changes: predictions stay confident and wrong
+    assert 'but the loss of the last 20' in learn.collapse_monitor.verdict() and 'ln 20 = 3.00' in learn.collapse_monitor.verdict()
 
 # --- several processes ------------------------------------------------------------------------------------------------------
 def _rank(rank, size):

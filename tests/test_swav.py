@@ -1,10 +1,11 @@
 "The callback in real fits: everything that fastai users do with a Learner, the queue's life, errors, and the device."
-import os, shutil
+import os, shutil, warnings
 from contextlib import nullcontext
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
-from fastai.vision.all import (ChannelsLast, CSVLogger, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixedPrecision, Pipeline,
-                               SaveModelCallback, ShortEpochCallback, ShowGraphCallback, load_learner, noop)
+from fastai.vision.all import (ChannelsLast, CSVLogger, DataBlock, EarlyStoppingCallback, GradientAccumulation, GradientClip, ImageBlock,
+                               MixedPrecision, Normalize, PILImage, Pipeline, SaveModelCallback, ShortEpochCallback, ShowGraphCallback,
+                               get_image_files, load_learner, noop)
 from torch import nn
 from helpers import digits, small_augs, small_encoder, small_learner
 from self_supervised_swav.models import Prototypes, SwAVModel, create_mlp_module, create_swav_model
@@ -265,6 +266,60 @@ def test_errors_before_the_first_step():
     learn = small_learner(dls=digits(100))
     learn.dls.train.dataset.x = (learn.dls.train.dataset.x*255).byte()
     fails(learn, TypeError, 'floating point')
+
+def test_the_class_instead_of_a_callback():
+    with pytest.raises(TypeError, match=r'write cbs=\[SWAV\(augs\)\], not cbs=\[SWAV\]'): small_learner(cbs=[SWAV])
+
+def test_warns_of_codes_for_small_crops():
+    augs = small_augs()
+    with pytest.warns(UserWarning, match=r'gives codes to crops of 10 px, while others have 16 px'): SWAV(augs[::-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        SWAV(augs), SWAV(augs, crop_assgn_ids=[0]), SWAV([Pipeline([noop], split_idx=0)]*2), SWAV(augs[1:], crop_assgn_ids=[0,1])
+
+@pytest.mark.parametrize('change,text', [
+    (lambda x: x*255, r'must be in \[0,1\], got 0 to 255: divide them'), (lambda x: (x-.5)/.25, r'got -2 to 2: they look normalized already'),
+    (lambda x: x*float('nan'), 'images not finite')])
+def test_range_of_images(change, text):
+    learn = small_learner(dls=digits(100))
+    x = learn.dls.train.dataset.x
+    learn.dls.train.dataset.x = change(x)
+    with pytest.raises((ValueError,FloatingPointError), match=text): learn.fit(1)
+    learn.dls.train.dataset.x = x*1.2-.1  # resizing may go a little beyond
+    learn.fit(1)
+
+def image_files(path, n=20, **kwargs):
+    "DataLoaders as fastai makes them from a folder of images without labels"
+    for i,(x,*_) in enumerate(digits(n, n_in=3).train.dataset):
+        PILImage.create((x.permute(1,2,0)*255).byte().numpy()).save(path/f'{i}.png')
+    return DataBlock((ImageBlock,), get_items=get_image_files, **kwargs).dataloaders(path, bs=8, num_workers=0, device='cpu')
+
+def test_plain_fastai_data(tmp_path):
+    learn = small_learner(n_in=3, dls=image_files(tmp_path), learner=dict(loss_func=noop))
+    learn.fit(1)
+    assert finite(learn)
+
+def test_batches_that_are_normalized_are_named(tmp_path):
+    dls = image_files(tmp_path, batch_tfms=Normalize.from_stats([.5]*3, [10.]*3))  # in [0,1], but normalized
+    learn = small_learner(n_in=3, dls=dls, learner=dict(loss_func=noop))
+    with pytest.raises(ValueError, match='`Normalize` in batch_tfms has normalized them already; leave it out'): learn.fit(1)
+
+def test_no_batch_to_train_on():
+    learn = small_learner()
+    learn.dls.train.bs = 90
+    with pytest.raises(ValueError, match='dls.train must have batches to train on, got none: bs=90 and 80 training images'): learn.fit(1)
+    assert np.isfinite(learn.validate()[0])
+
+@pytest.mark.parametrize('labelled', [False,True])
+def test_predict_and_show_results_say_what_to_use(labelled):
+    learn = small_learner(labelled=labelled)
+    own = learn.loss_func
+    for wrong in (lambda: learn.show_results(), lambda: learn.predict(torch.rand(1, 16, 16)), lambda: learn.get_preds(with_decoded=True)):
+        with pytest.raises(ValueError, match=r'predicts no labels: extract_features.*learn.swav.show\(\)'): wrong()
+        assert learn.loss_func is own
+    embedding,scores = learn.get_preds()[0]  # no activation of a classifier's loss
+    assert learn.loss_func is own and embedding.shape==(20,8) and scores.abs().max()<=1+1e-6
+    learn.fit(1)
 
 # --- pictures ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('n_in', [1,3])
