@@ -21,10 +21,10 @@ def linker():
 
 def fence(text, lang=''): return f'```{lang}\n{text.rstrip()}\n```'
 
-def render_output(o, add_image):
+def render_output(o, add_image, alt=''):
     if o.output_type == 'stream': return fence(as_shown(o.text)) if o.name == 'stdout' else ''
     data = o.get('data', {})
-    if 'image/png' in data: return f'![]({add_image(data["image/png"])})'
+    if 'image/png' in data: return f'![{alt}]({add_image(data["image/png"])})'
     if 'text/markdown' in data: return data['text/markdown'].strip()
     if 'text/html' in data: return re.sub(r'<style>.*?</style>', '', data['text/html'], flags=re.S).strip()
     return fence(data['text/plain']) if 'text/plain' in data else ''
@@ -40,10 +40,11 @@ def render(path):
     for cell in read_nb(path).cells:
         flags, src = set(re.findall(r'^#\|\s*(.+?)\s*$', cell.source, re.M)), re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
         if 'hide' in flags: continue
+        alt = next((o.partition(':')[2].strip() for o in flags if o.startswith('fig-alt:')), '')  # what a picture shows, for those who cannot see it
         if cell.cell_type == 'markdown': parts.append(lookup.linkify(src))
         if cell.cell_type == 'code':
             if src and 'echo: false' not in flags: parts.append(fence(src, 'python'))
-            if 'output: false' not in flags: parts += [render_output(o, add_image) for o in cell.get('outputs', [])]
+            if 'output: false' not in flags: parts += [render_output(o, add_image, alt) for o in cell.get('outputs', [])]
     head = f'<!-- made from {path.relative_to(root).as_posix()} by tools/readme.py: edit that -->\n\n'
     return head + '\n\n'.join(filter(None, parts)) + '\n', pics
 
