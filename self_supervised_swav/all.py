@@ -9,6 +9,7 @@ from .machine import *
 from .encoders import *
 from .models import *
 from .queue import *
+from .fused import *
 from .augment import *
 from .checkpoints import *
 from .multiview import *

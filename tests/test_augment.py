@@ -11,8 +11,9 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from self_supervised_swav.augment import (BatchAugment, ExactAugment, FusedAugment, colour_matrices, get_batch_augs, get_multi_aug_pipelines,
-                                          MultiCrop, get_swav_aug_pipelines, hue_matrix)
+from self_supervised_swav.augment import (BatchAugment, ExactAugment, MultiCrop, get_batch_augs, get_multi_aug_pipelines,
+                                          get_swav_aug_pipelines)
+from self_supervised_swav.fused import FusedAugment, color_matrices, hue_matrix
 
 torch.set_num_threads(1)
 n_draws = 2000
@@ -131,7 +132,7 @@ def test_everything(exact, tiny):
 def test_single_colour_operations(photos):
     "With one operation, the fused colours are torchvision's, hue aside"
     def fused(x, f, bw=False):
-        A,D = colour_matrices(torch.tensor([f], dtype=torch.float64), torch.tensor([[0,1,2,3]]), torch.tensor([bw]), 3)
+        A,D = color_matrices(torch.tensor([f], dtype=torch.float64), torch.tensor([[0,1,2,3]]), torch.tensor([bw]), 3)
         return (torch.einsum('ij,jhw->ihw', A[0].float(), x) + (D[0].float()@x.mean((1,2)))[:,None,None]).clamp(0,1)
     for x in photos:
         for f in (.2,.7,1.3,1.8):
