@@ -25,8 +25,8 @@ $(VENV)/.installed-dev: $(SETUP) | $(BIN)/python
 
 demo: $(VENV)/.installed              ## pretrain a small ResNet on handwritten digits and measure it
 	rm -rf runs/demo
-	$(BIN)/swav-pretrain digits --out runs/demo --epochs 40 --valid-pct 0.3
-	$(BIN)/swav-evaluate runs/demo digits --labels 10
+	$(BIN)/swav pretrain digits --out runs/demo --epochs 40 --valid-pct 0.3
+	$(BIN)/swav evaluate runs/demo digits --labels 10
 
 test: $(VENV)/.installed-dev          ## everything that must hold before a change lands
 	$(BIN)/python tools/test.py

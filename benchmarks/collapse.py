@@ -11,7 +11,7 @@ from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.evaluate import extract_features, knn_accuracy
 from self_supervised_swav.learner import swav_learner
 from self_supervised_swav.monitor import CollapseWarning
-from self_supervised_swav.runs import NoValidation
+from self_supervised_swav.evaluate import NoValidation
 
 def photo_dls(n=2000, size=64, bs=64, seed=0, **kwargs):
     "DataLoaders of `n` random squares of scikit-learn's two photographs"

@@ -25,7 +25,7 @@ from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import extract_features, few_label_learner, few_label_splits, knn_accuracy, linear_probe
 from self_supervised_swav.learner import swav_learner
-from self_supervised_swav.runs import NoValidation
+from self_supervised_swav.evaluate import NoValidation
 
 here = Path(__file__).resolve().parent
 full = dict(data='fashion-mnist', size=28, bs=128, epochs=4, channels=(32,64,128,256), labels=(10,60), tune_epochs=(60,40), threads=2)

@@ -18,7 +18,7 @@ from self_supervised_swav.data import fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.models import create_swav_model
 from self_supervised_swav.precision import is_fast
-from self_supervised_swav.runs import NoValidation
+from self_supervised_swav.evaluate import NoValidation
 from self_supervised_swav.swav import SWAV
 
 settings = dict(

@@ -24,4 +24,7 @@ from .learner import *
 from .evaluate import *
 from .visualize import *
 from .report import *
+from .sources import *
 from .runs import *
+from .compare import *
+from .embed import *

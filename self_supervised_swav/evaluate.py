@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['extract_features', 'knn_accuracy', 'LinearProbe', 'linear_probe', 'few_label_idxs', 'few_label_splits',
-           'EncoderWithHead', 'encoder_head_split', 'few_label_learner', 'KNNMetric']
+           'EncoderWithHead', 'encoder_head_split', 'NoValidation', 'normalized', 'few_label_learner', 'KNNMetric']
 
 # %% ../nbs/32_evaluate.ipynb #3e6aace9
 import copy, math, os, tempfile
@@ -17,6 +17,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
+from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
@@ -25,7 +26,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import params
 from fastai.vision.augment import Normalize
 from .checkpoints import encoder_of
-from .data import TensorImages
+from .data import labels_of, subset
 from .knn import weighted_knn
 from .monitor import EpochColumns
 from .models import in_eval
@@ -185,18 +186,6 @@ def linear_probe(
     return LinearProbe(top[:,0].float().mean().item(), top.any(1).float().mean().item(), weight, bias)
 
 # %% ../nbs/32_evaluate.ipynb #ca5ef204
-def _labels_of(ds, name='dls'):
-    "(n,) class of every item of a data set, without opening its images"
-    if isinstance(ds, TensorImages): y = ds.y
-    elif isinstance(ds, Datasets): y = torch.tensor([int(o) for o in ds.tls[-1]]) if len(ds.tls)>ds.n_inp else None
-    else: raise TypeError(f"{name} must hold Datasets (as a DataBlock makes) or TensorImages, got {type(ds).__name__}")
-    if y is None: raise ValueError(f"{name} must have labels, got images alone")
-    return y
-
-def _subset(ds, idxs):
-    if isinstance(ds, TensorImages): return ds.subset(idxs)
-    return type(ds)(tls=L(tl._new(tl._get(idxs), split_idx=tl.split_idx) for tl in ds.tls), n_inp=ds.n_inp)
-
 def few_label_idxs(
     y:torch.Tensor, # (n,) classes
     n_per_class:int|None=None, # Images of each class
@@ -224,9 +213,9 @@ def few_label_splits(
 )->DataLoaders: # The few for training, in whole batches that leave out hardly any, and the validation set of `dls`
     "DataLoaders with few labelled training images"
     ds = dls.train.dataset
-    idxs = few_label_idxs(_labels_of(ds), n_per_class, fraction, seed).tolist()
+    idxs = few_label_idxs(labels_of(ds), n_per_class, fraction, seed).tolist()
     bs = len(idxs)//math.ceil(len(idxs)/dls.train.bs)
-    train = dls.train.new(dataset=_subset(ds, idxs), n=len(idxs), bs=bs, shuffle=True, drop_last=True)
+    train = dls.train.new(dataset=subset(ds, idxs), n=len(idxs), bs=bs, shuffle=True, drop_last=True)
     return DataLoaders(train, *dls.loaders[1:], path=dls.path, device=dls.device)
 
 # %% ../nbs/32_evaluate.ipynb #322e4854
@@ -239,7 +228,14 @@ class EncoderWithHead(nn.Module):
 
 def encoder_head_split(model): return L(model.encoder, model.head).map(params)
 
-def _normalized(dls, stats):
+class NoValidation(Callback):
+    "Skip the validation after each epoch, where only the end of the training counts"
+    def before_validate(self): raise CancelValidException
+
+def normalized(
+    dls, # DataLoaders of images in [0,1]
+    stats # (means, standard deviations), or None
+)->DataLoaders:
     "`dls`, or copies of its loaders that normalise where they do not yet"
     if stats is None or _normalizes(dls.train): return dls
     norm = Normalize.from_stats(*stats, cuda=dls.device is not None and torch.device(dls.device).type!='cpu')
@@ -273,7 +269,7 @@ def few_label_learner(
         with torch.no_grad(): d = encoder(x[:2].to(device).as_subclass(torch.Tensor)).shape[1]
         custom_head = nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, n_out))
     model = EncoderWithHead(encoder.train().requires_grad_(), custom_head)
-    learn = Learner(_normalized(dls, stats), model, splitter=splitter, metrics=metrics, **kwargs)
+    learn = Learner(normalized(dls, stats), model, splitter=splitter, metrics=metrics, **kwargs)
     if pretrained: learn.freeze()
     return learn
 

@@ -6,7 +6,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
 import sandbox
 sandbox.enter()  # before the package reads anything about the processor
 import matplotlib.pyplot as plt, pytest, torch
-from fastcore import script
 from helpers import small_learner
 from self_supervised_swav import cli
 from self_supervised_swav.monitor import CollapseMonitor
@@ -34,11 +33,10 @@ def _no_network():
     assert not sandbox.attempts, f'the network was asked for: {sandbox.attempts}'
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    "Run a command as the console script does, in this process: exit code, stdout, stderr"
-    def run(name, *args):
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
-        try: code = script._run_cli(getattr(cli, name.replace('-', '_')).__wrapped__, False) or 0
+def command(capsys):
+    "Run `swav ARGS`, in this process: exit code, stdout, stderr"
+    def run(*args):
+        try: code = cli.main(args)
         except SystemExit as e: code = e.code
         return code,*capsys.readouterr()
     return run

@@ -5,7 +5,7 @@ import numpy as np, pyarrow.parquet as pq, pytest, torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from self_supervised_swav import cli, runs
+from self_supervised_swav import cli, compare, embed, runs
 from self_supervised_swav.checkpoints import load_encoder, save_encoder
 from self_supervised_swav.data import digits_dls
 from self_supervised_swav.evaluate import extract_features, few_label_idxs, knn_accuracy, linear_probe
@@ -14,12 +14,10 @@ from helpers import small_encoder
 root = Path(__file__).resolve().parent.parent
 tiny = ['--set', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16', 'num_crops=2,1', 'bf16=False']
 
-def start(name, *args, **kwargs):
-    "The same as a process of its own, with the lines that pip writes into a console script"
-    scripts = kwargs.pop('cwd')
-    (scripts/name).write_text(f"import sys\nfrom self_supervised_swav.cli import {name.replace('-', '_')} as f\nif __name__=='__main__': sys.exit(f())\n")
-    return subprocess.Popen([sys.executable, '-u', scripts/name, *map(str, args)], cwd=scripts, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, 'PYTHONPATH': str(root)})
+def start(*args):
+    "`swav ARGS` as a process of its own"
+    return subprocess.Popen([sys.executable, '-u', '-m', 'self_supervised_swav', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, 'PYTHONPATH': str(root)})
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -31,129 +29,150 @@ def photos(tmp_path_factory):
     return path
 
 def test_help():
-    "With defaults and exit codes, and without waiting for torch"
-    code = "import sys; from fastcore.script import anno_parser; from self_supervised_swav import cli; assert 'torch' not in sys.modules; print(anno_parser(cli.swav_pretrain.__wrapped__).format_help())"
-    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
-    assert res.returncode==0, res.stderr
-    for o in ('(default: 64)','--resume','Exit codes: 0 done; 2','(default: 42)'): assert o in res.stdout
+    "A page that names the commands; a page for each with defaults; all without waiting for torch"
+    code = "import sys; from self_supervised_swav.cli import main; " \
+           "sys.addaudithook(lambda e, a: e=='import' and a[0]=='torch' and sys.exit('torch')); main(sys.argv[1:])"
+    def out(*args):
+        res = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
+        assert res.returncode==0, res.stderr
+        return ' '.join(res.stdout.split())
+    for o in ('pretrain Pretrain an encoder on images without labels','evaluate','embed','Exit codes: 0 done; 2'): assert o in out('--help')
+    for o in ('(default: 64)','--resume','(default: 42)','--set NAME=VALUE','Leave out the k-NN accuracy'): assert o in out('pretrain', '--help')
+    for o in ('(default: 1% 10%)','(default: 5)'): assert o in out('evaluate', '--help')
+    assert '-o FILE, --out FILE' in out('embed', '--help') and all(o in out('--version') for o in ('Python 3','torch 2','fastai 2'))
+
+def test_old_names(tmp_path, monkeypatch, capsys):
+    "`swav-embed` says what to write instead, and works"
+    monkeypatch.setattr(sys, 'argv', ['swav-embed','no run',str(tmp_path)])
+    with pytest.raises(SystemExit) as e: cli.swav_embed()
+    assert e.value.code==2
+    old,err = capsys.readouterr().err.splitlines()
+    assert old=='swav-embed is deprecated: use `swav embed`' and err.startswith('swav embed: error: no encoder at')
+
+@pytest.mark.parametrize('args', [(), ('pretrain',), ('train','digits'), ('pretrain','digits','--epoch-count','3')])
+def test_usage(args, command):
+    "What the parser does not understand ends with code 2 and the usage"
+    code,said,err = command(*args)
+    assert code==2 and said=='' and err.startswith('usage: swav')
 
 def test_stopped_runs_go_on(tmp_path, command, monkeypatch):
     "Ctrl-C, then SIGTERM, then to the end: the same bytes as without"
     args = ['digits','--epochs',5,'--every',7,*tiny]
     whole,out = tmp_path/'whole',tmp_path/'cut'
-    code,said,_ = command('swav-pretrain', *args, '--out', whole)
+    code,said,_ = command('pretrain', *args, '--out', whole)
     assert code==0 and 'swav.eps' in said and 'Wrote' in said
     assert {o.name for o in whole.iterdir()}>={'settings.json','encoder.safetensors','last.pth','history.csv','report.html'}
-    p = start('swav-pretrain', *args, '--out', out, cwd=tmp_path)
+    p = start('pretrain', *args, '--out', out)
     while not ((f := out/'history.csv').exists() and len(f.read_text().splitlines())>=2):
         assert p.poll() is None, p.communicate()
         time.sleep(.02)
     p.send_signal(signal.SIGINT)
     _,err = p.communicate(timeout=60)
-    assert p.returncode==130 and f'go on with: swav-pretrain digits --out {out} --resume' in err and 'Traceback' not in err
+    assert p.returncode==130 and f'continue with: swav pretrain digits --out {out} --resume' in err and 'Traceback' not in err
     class Terminated(runs.EpochHistory):
         order,name = runs.EpochHistory.order,'epoch_history'
         def before_backward(self):
             if self.train_iter==80: os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as m:
         m.setattr(runs, 'EpochHistory', Terminated)
-        code,_,err = command('swav-pretrain', 'digits', '--out', out, '--resume')
-    assert code==143 and 'go on with' in err
+        code,_,err = command('pretrain', 'digits', '--out', out, '--resume')
+    assert code==143 and 'continue with' in err
     assert load_encoder(out/'encoder.safetensors')(torch.zeros(2,1,16,16)).isfinite().all() and not (out/'report.html').exists()
-    code,said,_ = command('swav-pretrain', 'digits', '--out', out, '--resume')
+    code,said,_ = command('pretrain', 'digits', '--out', out, '--resume')
     assert code==0 and 'going on at epoch' in said
     assert (out/'encoder.safetensors').read_bytes()==(whole/'encoder.safetensors').read_bytes()
     a,b = ([l.rsplit(',', 1)[0] for l in (o/'history.csv').read_text().splitlines()] for o in (out,whole))
     assert a==b and len(a)==6
-    code,_,err = command('swav-pretrain', *args, '--out', out)
+    code,_,err = command('pretrain', *args, '--out', out)
     assert code==2 and 'holds a run already' in err
-    code,_,err = command('swav-pretrain', 'digits', '--bs', 32, '--out', out, '--resume')
+    code,_,err = command('pretrain', 'digits', '--bs', 32, '--out', out, '--resume')
     assert code==2 and 'bs is 64' in err
     before = (out/'last.pth').read_bytes()
-    assert command('swav-pretrain', 'digits', '--out', out, '--resume')[0]==0 and (out/'last.pth').read_bytes()==before  # finished
+    assert command('pretrain', 'digits', '--out', out, '--resume')[0]==0 and (out/'last.pth').read_bytes()==before  # finished
 
 @pytest.mark.parametrize('args,match', [
     (['nowhere'], 'source must be a folder'), (['empty'], 'no image files found in'), (['junk'], 'not readable images'), (['junk','--skip-bad'], 'no readable image in'),
-    (['digits','--resume'], 'no checkpoint in'), (['digits','--arch','resnet_18'], 'close ones: resnet18'), (['digits','--set','n_proto=3'], "did you mean 'n_protos'"), (['digits','--set','encoder.layer=3'], "arch='resnet18' takes no argument 'layer'"),
-    (['digits','--set','eps'], 'name=value'), (['digits','--set','eps=-1'], 'eps must be positive'), (['digits','--epochs','0'], 'epochs must be at least 1'),
-    (['digits','--n-in','3'], 'n_in must be 1 for digits'), (['digits','--valid-pct','1.5'], 'valid_pct must be')])
+    (['digits','--resume'], 'no checkpoint in'), (['digits','--arch','resnet_18'], 'close ones: resnet18'), (['digits','--set','n_proto=3'], "did you mean 'n_protos'"), (['digits','--set','encoder.layer=3'], "--arch 'resnet18' takes no argument 'layer'"),
+    (['digits','--set','eps'], 'name=value'), (['digits','--set','eps=-1'], 'eps must be positive'), (['digits','--epochs','0'], '--epochs must be a whole number, at least 1'),
+    (['digits','--n-in','3'], '--n-in must be 1 for digits'), (['digits','--valid-pct','1.5'], '--valid-pct must be')])
 def test_refused(tmp_path, monkeypatch, command, args, match):
     "A line on stderr, exit code 2, and nothing written"
     monkeypatch.chdir(tmp_path)
     for o in ('empty','junk'): (tmp_path/o).mkdir()
     (tmp_path/'junk'/'a.png').write_text('no image')
-    code,_,err = command('swav-pretrain', *args, '--out', 'run', *([] if '--set' in args else tiny))
-    assert code==2 and match in err and err.startswith('swav-pretrain: error: ') and len(err.splitlines())==1, err
+    code,_,err = command('pretrain', *args, '--out', 'run', *([] if '--set' in args else tiny))
+    assert code==2 and match in err and err.startswith('swav pretrain: error: ') and len(err.splitlines())==1, err
     assert not (tmp_path/'run').exists()
 
 def test_folder_not_writable(tmp_path, command):
     (tmp_path/'file').write_text('mine')
     for out in (tmp_path/'file',tmp_path/'file'/'run'):
-        code,_,err = command('swav-pretrain', 'digits', '--out', out)
+        code,_,err = command('pretrain', 'digits', '--out', out)
         assert code==2 and 'cannot be a folder' in err
     (tmp_path/'run').mkdir()
-    assert command('swav-pretrain', 'digits', '--out', tmp_path/'run', '--resume')[0]==2 and not list((tmp_path/'run').iterdir())
+    assert command('pretrain', 'digits', '--out', tmp_path/'run', '--resume')[0]==2 and not list((tmp_path/'run').iterdir())
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch, command):
     def broken(*_): raise ValueError('a bug')
     monkeypatch.setattr(runs, 'PretrainRun', broken)
-    with pytest.raises(ValueError, match='a bug'): command('swav-pretrain', 'digits')
+    with pytest.raises(ValueError, match='a bug'): command('pretrain', 'digits')
 
 def test_python_calls_raise(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no encoder at'): cli.swav_evaluate(tmp_path, 'digits')
+    with pytest.raises(FileNotFoundError, match='no encoder at'): compare.evaluate_run(tmp_path, 'digits')
+    with pytest.raises(TypeError, match='epoch_count'): runs.PretrainRun('digits', tmp_path, epoch_count=3)
 
 def test_failed_run_leaves_nothing(tmp_path, command, monkeypatch):
     "What goes wrong before the first checkpoint"
     monkeypatch.setattr(runs.ResumeTraining, '_begin', lambda self: (_ for _ in ()).throw(RuntimeError('early')))
-    with pytest.raises(RuntimeError, match='early'): command('swav-pretrain', 'digits', '--epochs', 1, '--out', tmp_path/'run', *tiny)
+    with pytest.raises(RuntimeError, match='early'): command('pretrain', 'digits', '--epochs', 1, '--out', tmp_path/'run', *tiny)
     assert not (tmp_path/'run').exists()
 
 def test_folder_of_images(tmp_path, photos, command):
     "Size, channels and labels are found; evaluation holds out what pretraining held out"
     out = tmp_path/'run'
-    code,said,err = command('swav-pretrain', photos, '--epochs', 1, '--arch', 'resnet18', '--num-workers', 0, '--n-images', 200, '--out', out, *tiny, 'encoder.layers=1,1,1,1')
-    assert code==0 and '200 images of 16 px' in said and 'knn_accuracy' in said, err
+    code,said,err = command('pretrain', photos, '--epochs', 1, '--arch', 'resnet18', '--num-workers', 0, '--n-images', 200, '--out', out, *tiny, 'encoder.layers=1,1,1,1')
+    assert code==0 and '200 training images of 16 px' in said and 'knn_accuracy' in said, err
     saved = json.loads((out/'settings.json').read_text())
     assert saved['args']['source']==str(photos) and saved['recipe']['encoder']['n_in']==1
-    code,said,err = command('swav-evaluate', out, photos, '--labels', 3, '--seeds', 2, '--epochs', 0, '--num-workers', 0)
+    code,said,err = command('evaluate', out, photos, '--labels', 3, '--seeds', 2, '--epochs', 0, '--num-workers', 0)
     res = json.loads((out/'evaluation.json').read_text())
-    assert code==0 and res['n_train']==200 and res['n_valid']==72 and '| linear, pretrained encoder | ' in said and 'scratch' not in said, err
+    assert code==0 and res['n_train']==200 and res['n_valid']==72 and '| linear probe, pretrained encoder | ' in said and 'scratch' not in said, err
 
 def test_evaluation_is_what_it_says(tmp_path):
     "The figures in the table, computed by hand"
     encoder = small_encoder()
     save_encoder(encoder, tmp_path/'encoder.safetensors', size=16)
-    res = runs.evaluate_run(tmp_path, 'digits', labels=['4','2%'], seeds=2, epochs=0, device='cpu')
+    res = compare.evaluate_run(tmp_path, 'digits', labels=['4','2%'], seeds=2, epochs=0, device='cpu')
     dls = digits_dls(16, device='cpu')
     train,valid = (extract_features(encoder, dl, progress=False) for dl in dls)
     idxs = few_label_idxs(dls.train_ds.y, 4, seed=1)
     few = train[0][idxs],train[1][idxs]
     acc = res['accuracy']
-    assert acc['neighbours, pretrained encoder']['all']==[knn_accuracy(train, valid)]
-    assert acc['neighbours, pretrained encoder']['4'][1]==knn_accuracy(few, valid)
-    assert acc['linear, pretrained encoder']['4'][1]==linear_probe(few, valid).top1
+    assert acc['k-NN, pretrained encoder']['all']==[knn_accuracy(train, valid)]
+    assert acc['k-NN, pretrained encoder']['4'][1]==knn_accuracy(few, valid)
+    assert acc['linear probe, pretrained encoder']['4'][1]==linear_probe(few, valid).top1
     pixels = (dls.train_ds.x.flatten(1),dls.train_ds.y),(dls.valid_ds.x.flatten(1),dls.valid_ds.y)
-    assert acc['neighbours, raw pixels']['all']==[knn_accuracy(*pixels)]
-    assert len(set(acc['neighbours, untrained encoder']['all']))==2 and [len(o) for o in acc['linear, raw pixels'].values()]==[1,2,2]
+    assert acc['k-NN, raw pixels']['all']==[knn_accuracy(*pixels)]
+    assert len(set(acc['k-NN, untrained encoder']['all']))==2 and [len(o) for o in acc['linear probe, raw pixels'].values()]==[1,2,2]
     assert json.loads((tmp_path/'evaluation.json').read_text())['accuracy']==acc
 
 def test_mean_ci():
     from scipy.stats import bootstrap
     x = np.random.default_rng(0).normal(.8, .02, 40)
-    m,ci = runs.mean_ci(x)
+    m,ci = compare.mean_ci(x)
     lo,hi = bootstrap((x,), np.mean, rng=0, n_resamples=2000).confidence_interval
     assert m==x.mean() and (m-ci,m+ci)==pytest.approx((lo,hi), abs=.002)
 
 @pytest.mark.parametrize('source,args,match', [
     ('flat', [], 'has no labels'), ('one', [], 'at least two classes'), ('digits', ['--labels','200'], 'n_per_class must be at most'),
-    ('digits', ['--labels','x%'], 'labels must be numbers'), ('digits', ['--labels','0%'], 'fraction must be in'), ('digits', ['--seeds','0'], 'seeds must be'),
-    ('digits', ['--k','0'], 'k must be between')])
+    ('digits', ['--labels','x%'], '--labels must be numbers'), ('digits', ['--labels','0%'], '--labels must be'), ('digits', ['--seeds','0'], '--seeds must be'),
+    ('digits', ['--k','0'], '--k must be a whole number, at least 1')])
 def test_evaluation_refused(tmp_path, photos, command, source, args, match):
     for o,there in dict(flat='', one='cats').items():
         (tmp_path/o/there).mkdir(parents=True)
         for p in list((photos/'0').iterdir())[:9]: (tmp_path/o/there/p.name).write_bytes(p.read_bytes())
     save_encoder(small_encoder(), tmp_path/'run'/'encoder.safetensors', size=16)
-    code,_,err = command('swav-evaluate', tmp_path/'run', source if source=='digits' else tmp_path/source, '--epochs', 0, '--num-workers', 0, *args)
+    code,_,err = command('evaluate', tmp_path/'run', source if source=='digits' else tmp_path/source, '--epochs', 0, '--num-workers', 0, *args)
     assert code==2 and match in err and len(err.splitlines())==1, err
     assert [o.name for o in (tmp_path/'run').iterdir()]==['encoder.safetensors']
 
@@ -161,7 +180,7 @@ def test_features_not_finite(tmp_path, photos, command):
     encoder = small_encoder()
     encoder.conv1.weight.data[0] = torch.nan
     save_encoder(encoder, tmp_path/'encoder.safetensors', size=16)
-    for name,args in (('swav-evaluate',['digits']), ('swav-embed',[photos,'-o',tmp_path/'f.npy','--num-workers',0])):
+    for name,args in (('evaluate',['digits']), ('embed',[photos,'-o',tmp_path/'f.npy','--num-workers',0])):
         code,_,err = command(name, tmp_path, *args)
         assert code==2 and 'features not finite' in err
     assert [o.name for o in tmp_path.iterdir()]==['encoder.safetensors']
@@ -169,7 +188,7 @@ def test_features_not_finite(tmp_path, photos, command):
 def test_embed(tmp_path, photos, command):
     encoder = small_encoder()
     save_encoder(encoder, tmp_path/'encoder.safetensors', size=16)
-    code,said,err = command('swav-embed', tmp_path, photos, '-o', tmp_path/'f.npy', '--num-workers', 0)
+    code,said,err = command('embed', tmp_path, photos, '-o', tmp_path/'f.npy', '--num-workers', 0)
     assert code==0 and '360 features of width 16' in said, err
     names,x = (tmp_path/'f.txt').read_text().split(),np.load(tmp_path/'f.npy')
     assert names==sorted(names) and len(names)==len(x)==360
@@ -177,19 +196,19 @@ def test_embed(tmp_path, photos, command):
     with torch.no_grad(): assert x[200]==pytest.approx(encoder.eval()(im)[0].numpy(), abs=1e-5)
     (tmp_path/'one').mkdir()
     (tmp_path/'one'/'a.png').write_bytes((photos/names[200]).read_bytes())
-    assert command('swav-embed', tmp_path, tmp_path/'one', '-o', tmp_path/'one.npy', '--num-workers', 0)[0]==0
+    assert command('embed', tmp_path, tmp_path/'one', '-o', tmp_path/'one.npy', '--num-workers', 0)[0]==0
     assert np.load(tmp_path/'one.npy')[0]==pytest.approx(x[200], abs=1e-5)
 
 def test_embed_refused(tmp_path, photos, command, monkeypatch):
     save_encoder(small_encoder(), tmp_path/'encoder.safetensors', size=16)
-    monkeypatch.setattr(runs, 'find_spec', lambda _: None)
-    for out,match in (('f.csv','must end in .npy or .parquet'), ('f.parquet','pip install pyarrow')):
-        code,_,err = command('swav-embed', tmp_path, photos, '-o', tmp_path/out)
+    monkeypatch.setattr(embed, 'find_spec', lambda _: None)
+    for out,match in (('f.csv','--out must be a file that ends in .npy or .parquet'), ('f.parquet','pip install pyarrow')):
+        code,_,err = command('embed', tmp_path, photos, '-o', tmp_path/out)
         assert code==2 and match in err
-    assert command('swav-embed', tmp_path, tmp_path/'none')[0]==2
+    assert command('embed', tmp_path, tmp_path/'none')[0]==2
 
 def test_parquet(tmp_path, photos, command):
     save_encoder(small_encoder(), tmp_path/'encoder.safetensors', size=16)
-    assert command('swav-embed', tmp_path, photos, '-o', tmp_path/'f.parquet', '--num-workers', 0)[0]==0
+    assert command('embed', tmp_path, photos, '-o', tmp_path/'f.parquet', '--num-workers', 0)[0]==0
     t = pq.read_table(tmp_path/'f.parquet').to_pydict()
     assert len(t['file'])==360 and len(t['features'][0])==16

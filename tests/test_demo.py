@@ -11,15 +11,16 @@ def demo(command, out, *more):
     said = ''
     for line,args in zip([l for l in lines if '$(BIN)/' in l], more, strict=True):
         name,*given = line.strip().removeprefix('$(BIN)/').split()
-        code,out_text,err = command(name, *(str(out) if o=='runs/demo' else o for o in given), *args)
+        assert name=='swav'
+        code,out_text,err = command(*(str(out) if o=='runs/demo' else o for o in given), *args)
         assert code==0, err
         said += out_text
     return said
 
 def test_demo(tmp_path, command):
     said = demo(command, tmp_path/'demo', ['--epochs','1'], ['--epochs','3','--seeds','1'])
-    assert 'swav.eps' in said and '| accuracy on 539 held-out images | all labels | 10 labels a class |' in said
-    for row in ('neighbours, raw pixels','neighbours, untrained encoder','neighbours, pretrained encoder','trained from scratch'): assert f'| {row} | ' in said
+    assert 'swav.eps' in said and '| accuracy on 539 held-out images | 10 labels per class | all labels |' in said
+    for row in ('k-NN, raw pixels','k-NN, untrained encoder','k-NN, pretrained encoder','trained from scratch'): assert f'| {row} | ' in said
     assert {o.name for o in (tmp_path/'demo').iterdir()}>={'encoder.safetensors','report.html','evaluation.json','history.csv','settings.json'}
 
 @pytest.mark.slow
@@ -28,6 +29,6 @@ def test_pretraining_pays(tmp_path, command, seed):
     "Minutes: the pretrained encoder beats the untrained one and the pixels, whatever the seed"
     demo(command, tmp_path, ['--seed',seed], ['--epochs','0'])
     mean = {m: {o: v['mean'] for o,v in row.items()} for m,row in json.loads((tmp_path/'evaluation.json').read_text())['summary'].items()}
-    pixels,untrained,pretrained = (mean[f'neighbours, {o}'] for o in ('raw pixels','untrained encoder','pretrained encoder'))
+    pixels,untrained,pretrained = (mean[f'k-NN, {o}'] for o in ('raw pixels','untrained encoder','pretrained encoder'))
     assert pretrained['all']>untrained['all']+.02 and pretrained['all']>pixels['all']-.01
     assert pretrained['10']>untrained['10']+.1 and pretrained['10']>pixels['10']+.03
