@@ -32,7 +32,10 @@ def _argument_names(f, *but):
 
 def _passes_kwargs(f): return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(f).parameters.values())
 
-def _settings_of(method):
+# %% ../nbs/31_learner.ipynb #992e6030
+def setting_groups(
+    method:str # Name of a method
+)->dict:
     "Names of the settings of a method, by the function that takes them"
     method = method_named(method)
     augs = _argument_names(method.get_aug_pipelines)
@@ -44,9 +47,10 @@ def _settings_of(method):
         method.name: _argument_names(method.callback.__init__, 'aug_pipelines'),
         'learner': _argument_names(Learner.__init__, 'dls', 'model', 'cbs')}
 
+# %% ../nbs/31_learner.ipynb #c12471fc
 def _sort_settings(method, settings):
     "Settings by name, as a dict of dicts by the function that takes them"
-    names = _settings_of(method)
+    names = setting_groups(method)
     group_of = {n:g for g,ns in names.items() for n in ns}
     sorted_ = {g: {} for g in names}
     for n,v in settings.items():
@@ -197,7 +201,7 @@ def pretrain_learner(
     if is_fast(torch.bfloat16, x.device) if bf16 is None else bf16: learn.to_bf16(force=bool(bf16))
     return learn
 
-@use_kwargs_dict(keep=True, **dict.fromkeys(n for names in _settings_of('swav').values() for n in names))
+@use_kwargs_dict(keep=True, **dict.fromkeys(n for names in setting_groups('swav').values() for n in names))
 @delegates(pretrain_learner, but=['method','callback'])
 def swav_learner(
     dls, # DataLoaders of images, with or without labels

@@ -1,5 +1,5 @@
 "A small Learner on a part of the digits: every test that needs training starts from it."
-import random
+import random, warnings
 import numpy as np, torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
@@ -7,7 +7,10 @@ from sklearn.datasets import load_digits
 from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.data import tensor_dls
 from self_supervised_swav.encoders import create_encoder
+import self_supervised_swav.all  # noqa: F401 (registers all methods)
+from self_supervised_swav.learner import pretrain_learner, setting_groups
 from self_supervised_swav.models import create_swav_model
+from self_supervised_swav.multiview import methods
 from self_supervised_swav.swav import SWAV
 
 def seed_all(seed=0): random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
@@ -30,6 +33,24 @@ def small_learner(n=100, labelled=False, bs=16, augs=None, n_in=1, n_protos=20, 
     seed_all(seed)
     model = create_swav_model(small_encoder(n_in), hidden_size=16, projection_size=8, n_protos=n_protos)
     learn = Learner(dls or digits(n, labelled, bs, n_in=n_in), model, cbs=[SWAV(augs or small_augs(), **swav_kwargs), *cbs], **learner)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = lambda *_: None
+    return learn
+
+# every registered method with its own defaults, and more settings of some: what a method has to stand is tested with each
+method_cases = {name: dict(method=name) for name in methods} | {'swav-queue': dict(method='swav', K=24, queue_start_pct=0.)}
+
+def method_learner(case, n=100, labelled=False, seed=0, cbs=(), dls=None, monitor=False, **kwargs):
+    "A Learner with the method and the settings of a case, quiet, seeded, as fast as possible"
+    seed_all(seed)
+    quick = dict(hidden_size=16, projection_size=8, n_protos=20, num_crops=(2,1), jitter=False)
+    given = method_cases[case]
+    known = [o for names in setting_groups(given['method']).values() for o in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # a queue of a quarter of the images, and the like
+        settings = {k:v for k,v in quick.items() if k in known} | given | kwargs
+        learn = pretrain_learner(dls or digits(n, labelled), small_encoder(), cbs=cbs, bf16=False, **settings)
+    if not monitor: learn.remove_cb(learn.collapse_monitor)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
     return learn

@@ -67,7 +67,7 @@ def test_names_and_dicts_are_the_same():
     assert flat.wd==.3 and sum(isinstance(m, torch.nn.Linear) for m in flat.model.projector)==3
 
 def test_every_setting_is_known_by_one_name():
-    names = [n for ns in learner._settings_of('swav').values() for n in ns]
+    names = [n for ns in learner.setting_groups('swav').values() for n in ns]
     assert len(names)==len(set(names)) and set(names)>={'n_protos','eps','K','crop_sizes','blur','flip_p','small_images','pretrained','lr','opt_func','moms','metrics'}
 
 @pytest.mark.parametrize('wrong,close', [('n_proto','n_protos'),('crop_size','crop_sizes'),('epsilon','eps'),('ndclasses','n_classes'),('freeze_pct','freeze_protos_pct')])

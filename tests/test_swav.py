@@ -1,14 +1,17 @@
 "The callback in real fits: everything that fastai users do with a Learner, the queue's life, errors, and the device."
-import os, shutil, warnings
+import inspect, json, os, shutil, warnings
 from contextlib import nullcontext
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.vision.all import (ChannelsLast, CSVLogger, DataBlock, EarlyStoppingCallback, GradientAccumulation, GradientClip, ImageBlock,
                                MixedPrecision, Normalize, PILImage, Pipeline, SaveModelCallback, ShortEpochCallback, ShowGraphCallback,
-                               get_image_files, load_learner, noop)
+                               get_image_files, load_learner, noop, tuplify)
 from torch import nn
-from helpers import digits, small_augs, small_encoder, small_learner
-from self_supervised_swav.models import Prototypes, SwAVModel, create_mlp_module, create_swav_model
+from helpers import digits, method_cases, method_learner, rounding, small_augs, small_encoder, small_learner
+from self_supervised_swav.learner import setting_groups
+from self_supervised_swav.models import Prototypes, SwAVModel, create_mlp_module, create_swav_model, in_eval
+from self_supervised_swav.multiview import method_of, methods
+from self_supervised_swav.resume import ResumeTraining, TrainingStopped
 from self_supervised_swav.sinkhorn import sinkhorn
 from self_supervised_swav.swav import SWAV
 
@@ -20,34 +23,40 @@ class CountSteps(Callback):
     def before_fit(self): self.n_taken = 0
     def after_step(self): self.n_taken += 1
 
-# --- every way to train -----------------------------------------------------------------------------------------------
+# --- what each method goes through, by its name ------------------------------------------------------------------------
+each_method = pytest.mark.parametrize('case', method_cases)
+
+def weights_of(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
 fits = dict(
-    fit=lambda l: l.fit(1), fit_one_cycle=lambda l: l.fit_one_cycle(1), fit_flat_cos=lambda l: l.fit_flat_cos(1), validate=lambda l: l.validate(),
+    fit=lambda l: l.fit(1), fit_one_cycle=lambda l: l.fit_one_cycle(1), fit_flat_cos=lambda l: l.fit_flat_cos(1),
+    fit_warmup_cos=lambda l: l.fit_warmup_cos(1), validate=lambda l: l.validate(),
     lr_find=lambda l: l.lr_find(num_it=8, show_plot=False), twice=lambda l: (l.fit(1), l.fit(1)))
 
+@each_method
 @pytest.mark.parametrize('labelled', [False,True])
-@pytest.mark.parametrize('K', [None,24])
 @pytest.mark.parametrize('how', fits)
-def test_fits(how, K, labelled):
-    learn = small_learner(labelled=labelled, K=K, queue_start_pct=0., cbs=[CountSteps])
-    own = learn.loss_func
+def test_fits(case, how, labelled):
+    learn = method_learner(case, labelled=labelled, cbs=[CountSteps])
+    own,before = learn.loss_func,weights_of(learn)
     fits[how](learn)
     assert learn.loss_func is own
-    torch.testing.assert_close(norms(learn), torch.ones(20), atol=1e-6, rtol=0)
+    if how in ('validate','lr_find'): assert torch.equal(weights_of(learn), before)
+    else: assert not torch.equal(weights_of(learn), before)
     if how!='validate': assert finite(learn)
-    if how=='lr_find': return
     assert np.isfinite(learn.validate()[0])
 
 cbs = dict(
-    accumulate=lambda p: [GradientAccumulation(40)], clip=lambda p: [GradientClip(1.)], short=lambda p: [ShortEpochCallback(.3)], csv=lambda p: [CSVLogger(p/'log.csv')],
-    save=lambda p: [SaveModelCallback(monitor='valid_loss')], stop=lambda p: [EarlyStoppingCallback(monitor='valid_loss', patience=0)],
-    graph=lambda p: [ShowGraphCallback()], channels_last=lambda p: [ChannelsLast()],
-    fp16=lambda p: [MixedPrecision('fp16')], bf16=lambda p: [MixedPrecision('bf16')])
+    accumulate=lambda p: [GradientAccumulation(40)], clip=lambda p: [GradientClip(1.)], short=lambda p: [ShortEpochCallback(.3)],
+    csv=lambda p: [CSVLogger(p/'log.csv')], save=lambda p: [SaveModelCallback(monitor='valid_loss')],
+    stop=lambda p: [EarlyStoppingCallback(monitor='valid_loss', patience=0)], graph=lambda p: [ShowGraphCallback()],
+    channels_last=lambda p: [ChannelsLast()], fp16=lambda p: [MixedPrecision('fp16')], bf16=lambda p: [MixedPrecision('bf16')])
 
 @pytest.mark.filterwarnings('ignore')
+@each_method
 @pytest.mark.parametrize('name', cbs)
-def test_with_callbacks(name, tmp_path):
-    learn = small_learner(K=24, cbs=[*cbs[name](tmp_path), CountSteps], learner=dict(path=tmp_path))
+def test_with_callbacks(case, name, tmp_path):
+    learn = method_learner(case, cbs=[*cbs[name](tmp_path), CountSteps], path=tmp_path)
     own = learn.loss_func
     if name=='graph':
         from fastai.callback.progress import ProgressCallback
@@ -59,6 +68,128 @@ def test_with_callbacks(name, tmp_path):
     if name=='csv': assert len((tmp_path/'log.csv').read_text().splitlines())==3
     if name=='save': assert (tmp_path/'models'/'model.pth').exists()
     plt.close('all')
+
+def outputs(learn, dl, **kwargs): return tuplify(learn.get_preds(dl=dl, **kwargs)[0])
+
+@each_method
+def test_whole_images_saved_and_exported(case, tmp_path):
+    learn = method_learner(case, path=tmp_path)
+    learn.fit(1)
+    with in_eval(learn.model): batches = [tuplify(learn.model(b[0])) for b in learn.dls.valid]
+    expected = [torch.cat(o) for o in zip(*batches, strict=True)]
+    for o,e in zip(outputs(learn, learn.dls.valid), expected, strict=True): assert torch.equal(o, e)
+    learn.save('a')
+    other = method_learner(case, seed=1, path=tmp_path)
+    other.load('a')
+    assert torch.equal(weights_of(other), weights_of(learn))
+    assert {k: str(v) for k,v in other.model.state_dict().items()}=={k: str(v) for k,v in learn.model.state_dict().items()}
+    other.fit(1)
+    learn.export('e.pkl')
+    again = load_learner(tmp_path/'e.pkl')
+    for o,e in zip(outputs(again, digits(100).valid), expected, strict=True): assert torch.equal(o, e)
+    learn.dls = digits(100)
+    learn.fit(1)
+
+@each_method
+def test_the_same_seed_twice_and_looking_changes_nothing(case):
+    runs = []
+    class Show(Callback):
+        def after_epoch(self): method_of(self.learn).show(1), self.learn.sample_images(max_images=10)
+    for look in (False,False,True):
+        learn = method_learner(case, cbs=[Show] if look else [], monitor=look)
+        if look: method_of(learn).show(2)
+        with learn.no_logging(): learn.fit_one_cycle(3)
+        runs.append(weights_of(learn))
+        plt.close('all')
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+@each_method
+@pytest.mark.parametrize('at', [7,10])
+def test_stopped_and_resumed_is_as_not_stopped(case, at, tmp_path):
+    def make(name): return method_learner(case, cbs=ResumeTraining(tmp_path/name, every=100), monitor=True)
+    whole = make('whole.pth')
+    whole.fit(3)
+    cut = make('cut.pth')
+    one_batch = cut.one_batch
+    def stopping(i, b):
+        if cut.training and cut.train_iter==at-1: cut.resume_training.stop()
+        one_batch(i, b)
+    cut.one_batch = stopping
+    with pytest.raises(TrainingStopped): cut.fit(3)
+    again = make('cut.pth')
+    again.fit(3)
+    assert len(cut.recorder.losses)==at and torch.equal(weights_of(again), weights_of(whole))
+    assert again.recorder.values==whole.recorder.values and again.collapse_monitor.history==whole.collapse_monitor.history
+
+@each_method
+def test_what_a_method_says_of_itself(case):
+    "Every answer is of the kind that monitor, report and pictures take"
+    learn = method_learner(case, n=500, monitor=True)
+    cb,m = method_of(learn),learn.collapse_monitor
+    assert isinstance(cb.title, str)
+    learn.fit(2)
+    assert list(m.history)==list(cb.signs) and all(len(v)==50 and np.isfinite(v).all() for v in m.history.values())
+    assert list(m.epoch_values)==list(cb.columns) and all(isinstance(v, float) for v in m.epoch_values.values())
+    assert cb.chance_loss is None or 0<cb.chance_loss[0]<np.inf and isinstance(cb.chance_loss[1], str)
+    assert set().union(*cb.curves.values())<=set(cb.signs)
+    assert all(isinstance(k, str) and isinstance(v, str) for k,v in cb.model_settings().items()) and 'encoder' in cb.model_settings()
+    arguments = inspect.signature(type(cb).__init__).parameters
+    assert cb.settings() and set(cb.settings())<set(arguments) and json.dumps(cb.settings())
+    assert all(isinstance(k, str) and 0<=v<=50 for k,v in cb.marks(m.history).items())
+    assert cb.judge(m.history, m.patience) is None or isinstance(cb.judge(m.history, m.patience), str)
+    assert all(isinstance(o, str) for o in cb.concerns(400, 16))
+    sample = learn.sample_images(max_images=30)
+    for o in cb.pictures(sample) if hasattr(sample, 'batch') else []:
+        fig = plt.figure()
+        assert o.draw(fig=fig) and o.title and o.alt and o.caption
+    plt.close('all')
+
+def test_no_setting_has_two_owners():
+    for name in methods:
+        names = [o for group in setting_groups(name).values() for o in group]
+        assert len(names)==len(set(names)), name
+
+# --- ways out, of each method --------------------------------------------------------------------------------------------
+@each_method
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_step','after_batch'])
+@pytest.mark.parametrize('exc', [CancelBatchException,CancelFitException,RuntimeError,KeyboardInterrupt])
+@pytest.mark.parametrize('order', [-1,60])
+def test_own_loss_is_back_on_every_way_out(case, event, exc, order):
+    learn = method_learner(case, n=60)
+    own,order_ = learn.loss_func,order
+    if event=='after_batch' and exc is CancelBatchException: pytest.skip('fastai lets it through')
+    class Out(Callback):
+        order = order_
+    setattr(Out, event, lambda self: (_ for _ in ()).throw(exc('out')))
+    cb = Out()
+    learn.add_cb(cb)
+    with nullcontext() if issubclass(exc, (CancelBatchException,CancelFitException)) else pytest.raises(exc): learn.fit(1)
+    if not (event=='after_pred' and order==60 and exc in (RuntimeError,KeyboardInterrupt)): assert learn.loss_func is own
+    learn.remove_cb(cb)
+    learn.fit(1)
+    assert learn.loss_func is own and finite(learn)
+
+@each_method
+@pytest.mark.parametrize('where,name', [('images','images'),('weights','')])
+def test_not_finite(case, where, name):
+    learn = method_learner(case)
+    learn.fit(1)
+    state = {k:v.clone() for k,v in learn.model.state_dict().items() if isinstance(v, torch.Tensor)}
+    if where=='images': learn.dls.train.dataset.x[33] = float('inf')
+    else: next(p for p in learn.model.projector.parameters()).data[0] = float('nan')
+    with pytest.raises(FloatingPointError, match=rf'{name}.* not finite in batch \d of epoch 0'): learn.fit(1)
+    if where=='images': learn.dls.train.dataset.x[33] = 0
+    learn.model.load_state_dict(state, strict=False)
+    learn.fit(1)
+    assert finite(learn)
+
+# --- the training of SwAV ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('K', [None,24])
+def test_prototypes_have_unit_norm(K):
+    learn = small_learner(K=K, queue_start_pct=0.)
+    learn.fit(1)
+    # a norm is the root of a sum of 8 squares
+    assert (norms(learn)-1).abs().max()<=rounding(torch.float32, 8+2)
 
 @pytest.mark.parametrize('how', ['channels_last', pytest.param('compiled', marks=[pytest.mark.slow,
     pytest.mark.skipif(not shutil.which(os.environ.get('CXX', 'g++')), reason='torch.compile needs a C++ compiler')])])
@@ -91,33 +222,16 @@ def test_last_batch_may_be_shorter():
     learn.fit(1)
     assert len(learn.recorder.losses)==3 and finite(learn) and learn.model.queue.n_pushed==48
 
-def test_save_load_export(tmp_path):
+def test_queue_travels(tmp_path):
+    "A Learner without a queue, or with one of another length, loads the file too"
     learn = small_learner(K=24, learner=dict(path=tmp_path))
     learn.fit(1)
     learn.save('a')
-    queue = learn.model.queue.features.clone()
-    for K in (24,None,30):  # the queue travels; a Learner without one, or with another length, loads the file too
+    for K in (24,None,30):
         other = small_learner(seed=1, K=K, learner=dict(path=tmp_path))
         other.load('a')
-        torch.testing.assert_close(other.model.queue.features, queue)
-        for a,b in zip(other.model.parameters(), learn.model.parameters()): torch.testing.assert_close(a, b, atol=0, rtol=0)
+        assert torch.equal(other.model.queue.features, learn.model.queue.features)
         other.fit(1)
-    learn.export('e.pkl')
-    again = load_learner(tmp_path/'e.pkl')
-    x = digits(40).valid.one_batch()[0]
-    for a,b in zip(again.model.eval()(x), learn.model.eval()(x)): torch.testing.assert_close(a, b)
-    preds,_ = again.get_preds(dl=digits(40).valid, act=noop)
-    torch.testing.assert_close(preds[0], learn.model(x)[0])
-    learn.dls = digits(100)
-    learn.fit(1)
-
-def test_get_preds_sees_whole_images():
-    learn = small_learner(K=24)
-    (embedding,scores),_ = learn.get_preds(act=noop)
-    x = torch.cat([b[0] for b in learn.dls.valid])
-    expected = learn.model.eval()(x)
-    torch.testing.assert_close(embedding, expected[0])
-    torch.testing.assert_close(scores, expected[1])
 
 # --- what a step computes -----------------------------------------------------------------------------------------------
 def test_loss_is_the_method():
@@ -148,18 +262,6 @@ def test_thirty_seeded_steps_twice():
         learn.fit_one_cycle(6)
         runs.append([float(o) for o in learn.recorder.losses])
     assert len(runs[0])==30 and runs[0]==runs[1]
-
-def test_looking_changes_nothing():
-    runs = []
-    for look in (False,True):
-        learn = small_learner(K=24)
-        class Show(Callback):
-            def after_epoch(self): learn.swav.show(1)
-        if look: learn.swav.show(2); learn.add_cb(Show())
-        learn.fit(2)
-        runs.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
-        plt.close('all')
-    assert torch.equal(*runs)
 
 # --- queue and frozen prototypes -----------------------------------------------------------------------------------------
 def test_queue_changes_in_training_steps_alone():
@@ -199,27 +301,9 @@ def test_frozen_prototypes(pct, n_frozen):
     moved = [not torch.allclose(a, b, atol=1e-6) for a,b in zip(weights, weights[1:])]
     assert moved==[i>=n_frozen for i in range(10)]
 
-# --- ways out ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_step','after_batch'])
-@pytest.mark.parametrize('exc', [CancelBatchException,CancelFitException,RuntimeError,KeyboardInterrupt])
-@pytest.mark.parametrize('order', [-1,60])
-def test_own_loss_is_back_on_every_way_out(event, exc, order):
-    learn = small_learner()
-    own,order_ = learn.loss_func,order
-    if event=='after_batch' and exc is CancelBatchException: pytest.skip('fastai lets it through')
-    class Out(Callback):
-        order = order_
-    setattr(Out, event, lambda self: (_ for _ in ()).throw(exc('out')))
-    cb = Out()
-    learn.add_cb(cb)
-    with nullcontext() if issubclass(exc, (CancelBatchException,CancelFitException)) else pytest.raises(exc): learn.fit(1)
-    if not (event=='after_pred' and order==60 and exc in (RuntimeError,KeyboardInterrupt)): assert learn.loss_func is own
-    learn.remove_cb(cb)
-    learn.fit(1)
-    assert learn.loss_func is own and finite(learn)
-
+# --- values that are not finite ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('where,name', [('images','images'),('weights','embedding'),('prototypes','scores')])
-def test_not_finite(where, name):
+def test_not_finite_is_named(where, name):
     learn = small_learner()
     learn.fit(1)
     before = {k:v.clone() for k,v in learn.model.state_dict().items() if isinstance(v, torch.Tensor)}
