@@ -9,6 +9,7 @@ __all__ = ['no_targets', 'OpenImage', 'UnlabeledImageBlock', 'check_images', 'fi
 
 # %% ../nbs/30_data.ipynb #0720e510
 import gzip, struct, warnings
+from contextlib import nullcontext
 import torch, torch.nn.functional as F
 from pathlib import Path
 from PIL import Image
@@ -230,6 +231,14 @@ def subset(
     "A data set of the items `idxs` of `ds`, in that order"
     if isinstance(ds, TensorImages): return ds.subset(idxs)
     return type(ds)(tls=L(tl._new(tl._get(idxs), split_idx=tl.split_idx) for tl in ds.tls), n_inp=ds.n_inp)
+
+# %% ../nbs/30_data.ipynb #30da7a01
+def without_augs(
+    dl # DataLoader
+):
+    "A context in which transforms of the training split alone do not run"
+    ds = getattr(dl, 'dataset', None)
+    return ds.set_split_idx(1) if isinstance(ds, Datasets) else nullcontext()
 
 # %% ../nbs/30_data.ipynb #481b0061
 def digits_dls(

@@ -6,9 +6,11 @@
 __all__ = []
 
 # %% ../nbs/16_drawings.ipynb #d16a0003
-import math
+import math, os, unicodedata, warnings
 import matplotlib.pyplot as plt, torch
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
+from matplotlib.textpath import TextToPath
 from fastai.torch_core import show_image
 
 # %% ../nbs/16_drawings.ipynb #d16a0007
@@ -16,22 +18,37 @@ def _escaped(c):
     "`c` as its escape; a byte that is not UTF-8, which Python keeps as U+DC80 to U+DCFF, as that byte"
     return f'\\x{ord(c)-0xdc00:02x}' if 0xdc80<=ord(c)<=0xdcff else c.encode('unicode_escape').decode()
 
+def _can_be_shown(c): return c.isprintable() or unicodedata.category(c)=='Zs' or c in '\u200c\u200d'  # any space, joiners
+
 def printable(
     text # A label, a file name, or anything else
 )->str:
     "`text` on one line, each character that cannot be shown as its escape"
-    return ''.join(c if c.isprintable() else _escaped(c) for c in str(text))
+    return ''.join(c if _can_be_shown(c) else _escaped(c) for c in str(text))
+
+def text_width(
+    text:str, # One line
+    size:float # Of the font, in points
+)->float: # In points
+    "How wide matplotlib draws `text`"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of characters that the font does not have
+        return TextToPath().get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0]
 
 def shortened(
     text, # A label or a file name
-    most:int=11, # Characters, at most
+    room:float, # Points that there are for it
+    size:float, # Of the font, in points
     middle:bool=False # Leave out the middle, as for file names, whose ends differ?
 )->str:
     "`text` made printable and short enough to stand beside a small picture"
-    text = printable(text)
-    if len(text)<=most: return text
-    tail = (most-1)//2 if middle else 0
-    return text[:most-1-tail]+'…'+text[len(text)-tail:]
+    text = short = printable(text)[:999]
+    n = len(text)
+    while n>1 and text_width(short, size)>room:
+        n -= 1
+        tail = (n-1)//2 if middle else 0
+        short = text[:n-1-tail]+'…'+text[len(text)-tail:]
+    return short
 
 # %% ../nbs/16_drawings.ipynb #d16a0011
 small = 8  # font size in points
@@ -63,13 +80,16 @@ def draw_image(
     ax, # Axes to draw on
     title:str='', # Text above
     file=None, # File name, which stands below
+    room:float=50, # Points that there are for it
     color:str=None # Of the title
 ):
     "Draw an image without ticks"
     show_image(drawable(im[None])[0].permute(1,2,0).numpy(), ax=ax, cmap='gray', vmin=0, vmax=1)
     if title: ax.set_title(title, fontsize=small, pad=2, parse_math=False, **({'color': color} if color else {}))
-    if file is not None:
-        ax.text(.5, -.03, shortened(file, 14, middle=True), transform=ax.transAxes, ha='center', va='top', fontsize=small-2, parse_math=False)
+    if file is None: return
+    ax.set_label(printable(file))
+    name = shortened(os.path.basename(file), room, small-2, middle=True)
+    ax.text(.5, -.03, name, transform=ax.transAxes, ha='center', va='top', fontsize=small-2, parse_math=False)
 
 def check_count(
     name:str, # Of the argument
@@ -108,9 +128,11 @@ def draw_prototypes(
     order = usage.argsort(descending=True, stable=True)
     chosen = torch.cat([order[:n_most], order[K-n+n_most:]])
     sims,idxs = scores[:,chosen].topk(k, 0)
-    fig,axes = new_axes(n, k, figsize or (.72*k+1.5, (.78 if files is None else .9)*n+.8), fig)
+    figsize = figsize or (.72*k+1.5, (.78 if files is None else .9)*n+.8)
+    room = 68*(figsize[0]-1.5)/k
+    fig,axes = new_axes(n, k, figsize, fig)
     for r,c in enumerate(chosen.tolist()):
-        for ax,i in zip(axes[r*k:], idxs[:,r].tolist()): draw_image(images[i], ax, file=files and files[i])
+        for ax,i in zip(axes[r*k:], idxs[:,r].tolist()): draw_image(images[i], ax, file=files and files[i], room=room)
         which = 'most used' if r==0 else 'least used' if r==n_most else ''
         lines = [which, f'{usage[c]:.1%} of images', f'prototype {c}', f'cosine {sims[0,r]:.2f} to {sims[-1,r]:.2f}']
         _label_row(axes[r*k], '\n'.join(filter(None, lines)))

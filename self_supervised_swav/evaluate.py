@@ -9,7 +9,7 @@ __all__ = ['extract_features', 'knn_accuracy', 'LinearProbe', 'linear_probe', 'f
 # %% ../nbs/32_evaluate.ipynb #3e6aace9
 import copy, math, os, tempfile
 from collections import namedtuple
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from fasttransform import Pipeline
 from fastai.callback.core import Callback, CancelValidException
-from fastai.data.core import DataLoaders, Datasets
+from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import get_c
 from fastai.learner import Learner
@@ -26,7 +26,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import params
 from fastai.vision.augment import Normalize
 from .checkpoints import encoder_of
-from .data import labels_of, subset
+from .data import labels_of, subset, without_augs
 from .knn import weighted_knn
 from .monitor import EpochColumns
 from .models import in_eval
@@ -36,11 +36,6 @@ from .randomness import own_randomness
 def _normalizes(dl): return any(isinstance(f, Normalize) for f in getattr(getattr(dl, 'after_batch', None), 'fs', []))
 
 def _in_order(dl): return dl.new(shuffle=False, drop_last=False) if isinstance(dl, DataLoader) else dl
-
-def _without_augs(dl):
-    "A context in which transforms of the training split alone do not run"
-    ds = getattr(dl, 'dataset', None)
-    return ds.set_split_idx(1) if isinstance(ds, Datasets) else nullcontext()
 
 class _Rows:
     "Rows that arrive in batches, in memory or, where they are many, in a file"
@@ -81,7 +76,7 @@ def extract_features(
     rows,targets = _Rows(n, max_bytes, path),[]
     dl_ = _in_order(dl)
     try:
-        with in_eval(encoder), _without_augs(dl):
+        with in_eval(encoder), without_augs(dl):
             for i,b in enumerate(progress_bar(dl_, leave=False) if progress else dl_):
                 x,*y = b if isinstance(b, (list,tuple)) else (b,)
                 x = x.to(device)

@@ -294,26 +294,33 @@ def codes_and_predictions(self:SWAV,
     return torch.stack(codes).cpu(),(scores[:,0]/self.temp).softmax(1).cpu()
 
 @patch
-def _draw_codes(self:SWAV, sample, seed=0, n_top=8, **kwargs):
-    x,image = sample.batch(seed=seed)
+def draw_codes_of(self:SWAV,
+    x:torch.Tensor, # Images (B,C,H,W), of which the first one is drawn
+    note:str='', # Which image that is, for the title
+    n_top:int=8, # Prototypes
+    seed:int=0, # Of the crops
+    **kwargs # Passed to `draw_codes`
+)->list: # The axes: crop and bars, row by row
+    "Draw how the crops of an image are assigned to prototypes, and what each predicts"
     with own_randomness(seed): crops = self.cut(x.to(self._weight.device))
     views = [o[0].cpu() for o in self.views.decode(crops, 1)]
     codes,preds = self.codes_and_predictions(crops)
-    return draw_codes(views, codes, preds, self.crop_assgn_ids, min(n_top, preds.shape[1]), note=f'image {image}', **kwargs)
-
-@patch
-def _draw_prototypes(self:SWAV, sample, n=8, k=8, **kwargs):
-    n,k = min(n, len(self._weight)),min(k, len(sample.images))
-    return draw_prototypes(sample.images, self.proto_scores(sample.features), n, k, note=sample.note, **kwargs)
+    return draw_codes(views, codes, preds, self.crop_assgn_ids, min(n_top, preds.shape[1]), note=note, **kwargs)
 
 @patch
 def pictures(self:SWAV, sample):
+    def draw_first(fig):
+        x,image = sample.batch()
+        return self.draw_codes_of(x, f'image {image}', figsize=(4.4,.75*self.n_views+1.1), fig=fig)
+    def draw_nearest(fig):
+        n,k = min(8, len(self._weight)),min(4, len(sample.images))
+        return draw_prototypes(sample.images, self.proto_scores(sample.features), n, k, sample.note, sample.file_names, fig=fig)
     return [
-        Picture('Codes', partial(self._draw_codes, sample),
+        Picture('Codes', draw_first,
             "Crops of one image beside bars for codes and predictions over the prototypes that matter most for it",
             "Each crop has to predict the codes of the other large crops: orange bars should look like the blue bars of other "
             "rows. In a model that has learned nothing, all bars are even."),
-        Picture('Prototypes', partial(self._draw_prototypes, sample),
+        Picture('Prototypes', draw_nearest,
             "Rows of images nearest to prototypes, the most used and the least used",
             "A row is a group that the model has found by itself. The same images in every row mean collapse; many prototypes "
             "at 0 % mean that there are more prototypes than these images fill.")]
