@@ -9,9 +9,10 @@ __all__ = ['code_entropy', 'mean_code_entropy', 'prototype_usage', 'code_overlap
 import torch, torch.nn.functional as F
 
 # %% ../nbs/02_stats.ipynb #d2ea9501
-def _rows(x, name):
+def _as_rows(x, name):
     "`x` in float32 or more, as (N,K)"
-    if x.ndim<2 or not x.numel(): raise ValueError(f"{name} must have the shape (...,rows,width), neither of them 0, got {tuple(x.shape)}")
+    if x.ndim<2 or not x.numel():
+        raise ValueError(f"{name} must have the shape (...,rows,width), neither of them 0, got {tuple(x.shape)}")
     return x.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten(0, -2)
 
 def _entropy(p): return torch.special.entr(p).sum(-1)
@@ -20,45 +21,46 @@ def code_entropy(
     codes:torch.Tensor # (...,K) codes, non-negative, each row sums to 1
 )->torch.Tensor: # Scalar in nats, from 0 (every code is one prototype) to ln K (every code is even)
     "Mean over the codes of their entropies: are single codes sharp?"
-    return _entropy(_rows(codes, 'codes')).mean()
+    return _entropy(_as_rows(codes, 'codes')).mean()
 
 def mean_code_entropy(
     codes:torch.Tensor # (...,K) codes, non-negative, each row sums to 1
-)->torch.Tensor: # Scalar in nats, from 0 (one prototype takes all) to ln K (all take the same)
-    "Entropy of the mean of the codes: do all prototypes get their part?"
-    return _entropy(_rows(codes, 'codes').mean(0))
+)->torch.Tensor: # Scalar in nats, from 0 (one prototype gets all) to ln K (all get the same)
+    "Entropy of the mean of the codes: are all prototypes used?"
+    return _entropy(_as_rows(codes, 'codes').mean(0))
 
 # %% ../nbs/02_stats.ipynb #e1315850
 def prototype_usage(
     codes:torch.Tensor # (...,K) codes or scores
 )->torch.Tensor: # Scalar share, from 1/K to min(1,N/K)
     "Share of the K prototypes that are the largest entry of at least one of N rows"
-    codes = _rows(codes, 'codes')
+    codes = _as_rows(codes, 'codes')
     return codes.new_zeros(codes.shape[1]).index_fill_(0, codes.argmax(1), 1.).mean()
 
 # %% ../nbs/02_stats.ipynb #9333ddab
 def code_overlap(
     p:torch.Tensor, # (K,) mean code of a batch
     q:torch.Tensor # (K,) mean code of another
-)->torch.Tensor: # Scalar, from 0 (no prototype in common) to K (both take one alone); 1 for independent even ones
-    "How much more two batches share prototypes than chance would have them"
-    if p.ndim!=1 or p.shape!=q.shape or not len(p): raise ValueError(f"p and q must have the same shape (K,), got {tuple(p.shape)} and {tuple(q.shape)}")
+)->torch.Tensor: # Scalar, from 0 (no prototype in common) to K (both use only one); 1 for independent even ones
+    "How much more two batches share prototypes than they would by chance"
+    if p.ndim!=1 or p.shape!=q.shape or not len(p):
+        raise ValueError(f"p and q must have the same shape (K,), got {tuple(p.shape)} and {tuple(q.shape)}")
     return (p.detach().float()*q.detach().float()).sum()*len(p)
 
 # %% ../nbs/02_stats.ipynb #728ab244
 def feature_spread(
     features:torch.Tensor # (...,d) features, of any length but 0
 )->torch.Tensor: # Scalar in [0,1]
-    "Root mean squared distance of the normalised features from their mean"
-    z = F.normalize(_rows(features, 'features'), dim=1)
+    "Root mean squared distance of the normalized features from their mean"
+    z = F.normalize(_as_rows(features, 'features'), dim=1)
     return (z-z.mean(0)).square().sum(1).mean().sqrt()
 
 # %% ../nbs/02_stats.ipynb #a4d73822
 def effective_rank(
     features:torch.Tensor # (...,d) finite features
 )->torch.Tensor: # Scalar, a number of dimensions from 1 to min(N,d)
-    "Exponential of the entropy of the normalised singular values"
-    x = _rows(features, 'features')
+    "Exponential of the entropy of the normalized singular values"
+    x = _as_rows(features, 'features')
     x = (x.cpu() if x.device.type=='mps' else x).double()  # which has no float64
     gram = x.T@x if len(x)>x.shape[1] else x@x.T
     s = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()

@@ -4,7 +4,7 @@ import pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger
 from torch import nn
-from helpers import small_augs, small_learner
+from helpers import rounding, small_augs, small_learner
 from self_supervised_swav.evaluate import KNNMetric
 from self_supervised_swav.models import create_swav_model
 from self_supervised_swav.monitor import CollapseMonitor, CollapseWarning, EpochColumns
@@ -96,10 +96,11 @@ def test_numbers_are_those_of_stats():
     assert all(len(v)==15 for v in m.history.values())
     for i,row in enumerate(seen):
         for n,v in zip(m.history, row):
-            if v is not None: assert m.history[n][i]==pytest.approx(v, abs=1e-5), (n,i)
+            # at most 32 codes of 20 prototypes are added, and the overlap is a sum times 20
+            if v is not None: assert m.history[n][i]==pytest.approx(v, abs=rounding(torch.float32, 32+20+4, 20 if n=='code_overlap' else 4)), (n,i)
     last = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     for n in columns[:3]+['feature_spread']: assert last[n]==pytest.approx(sum(m.history[n][10:])/5)
-    assert last['proto_usage']==m.history['proto_usage'][-1] and last['effective_rank']==pytest.approx(effective_rank(look.z).item(), rel=1e-5)
+    assert last['proto_usage']==m.history['proto_usage'][-1] and last['effective_rank']==pytest.approx(effective_rank(look.z).item(), rel=rounding(torch.float32))
 
 def test_columns_of_table_and_csv(tmp_path):
     learn = learner(n=100, cbs=[CollapseMonitor(), CSVLogger(tmp_path/'log.csv')], learner=dict(path=tmp_path, metrics=[]))
