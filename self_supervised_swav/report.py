@@ -49,8 +49,8 @@ pre{margin:.3rem 0 .9rem;padding:.6rem .8rem;background:var(--card);border:1px s
  linear-gradient(to left,var(--shade),transparent) right/1.1rem 100% no-repeat scroll,var(--paper)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid var(--line)} tr:last-child>*{border-bottom:0}
-thead tr:last-child>*{border-bottom:2px solid var(--line)} tbody th{font-weight:500;width:42%} td:nth-child(3){min-width:13rem}
-.numbers{font-size:.82rem} .numbers :is(td,th){text-align:right;white-space:nowrap;min-width:0;width:auto;padding:.25rem .5rem}
+thead tr:last-child>*{border-bottom:2px solid var(--line);vertical-align:bottom} tbody th{font-weight:500;width:42%} td:nth-child(3){min-width:13rem}
+.numbers{font-size:.82rem} .numbers :is(td,th){text-align:right;white-space:nowrap;min-width:0;width:auto;padding:.25rem .5rem} .numbers thead th{white-space:normal;overflow-wrap:normal}
 .numbers :is(td,th):first-child{position:sticky;left:0;background:var(--paper);border-right:1px solid var(--line)}
 .alarm{border-left:4px solid var(--bad);background:var(--card);padding:.6rem .9rem;max-width:46rem}
 footer{margin-top:2.5rem;padding-bottom:2rem}
@@ -60,9 +60,14 @@ footer{margin-top:2.5rem;padding-bottom:2rem}
 def _paragraph(text, **attrs): return h.P(printable(text), **attrs)
 def _soft(text): return _paragraph(text, cls='soft')
 
+def _breakable(text):
+    "Parts of `text` between which a line may break: after each _ inside"
+    parts = re.split(r'(?<=\w_)(?=\w)', text)
+    return [o for part in parts for o in (part, h.ft('wbr', void_=True))][:-1]
+
 def _html_table(rows, name, head=None, **attrs):
     "A table that scrolls by itself, its first column row headings"
-    def cells(tag, texts, **kwargs): return [tag(printable(o), **kwargs) for o in texts]
+    def cells(tag, texts, **kwargs): return [tag(*_breakable(printable(o)), **kwargs) for o in texts]
     top = [h.Thead(h.Tr(*cells(h.Th, head, scope='col')))] if head else []
     body = h.Tbody(*[h.Tr(*cells(h.Th, r[:1], scope='row'), *cells(h.Td, r[1:])) for r in rows])
     return h.Div(h.Table(*top, body, **attrs), cls='scroll', role='region', tabindex=0, aria_label=name)
@@ -198,8 +203,10 @@ def _summary(learn, sample, notes):
 # %% ../nbs/35_report.ipynb #0807c779
 def _next_steps(learn):
     "Pairs of what for and the lines of Python that do it"
-    monitor,steps = getattr(learn, 'collapse_monitor', None),[]
+    monitor,losses = getattr(learn, 'collapse_monitor', None),getattr(getattr(learn, 'recorder', None), 'losses', None)
+    chance,steps = method_of(learn).chance_loss,[]
     if monitor is not None and monitor.alarms: steps.append(('Change one setting as Alarms says, and train again.', None))
+    elif chance and losses and losses[-1]>=chance[0]: steps.append(('Train longer: the loss is not yet below that of predicting nothing.', None))
     return steps+[
         ('Keep the encoder:', "save_encoder(learn, 'encoder.safetensors')"),
         ('Features of images, a row for each:', 'features,_ = extract_features(learn, learn.dls.valid)'),
@@ -209,7 +216,7 @@ def _next_steps(learn):
         ('And train a classifier on a few labels:', 'few_label_learner(learn, few_label_splits(labeled, 10)).fine_tune(5)')]
 
 def _what_now(steps):
-    return [o for text,command in steps for o in (_paragraph(text), *([h.Pre(h.Code(printable(command)))] if command else []))]
+    return [o for text,command in steps for o in (_paragraph(text), *([h.Pre(h.Code('\n'.join(map(printable, command.split('\n')))))] if command else []))]
 
 # %% ../nbs/35_report.ipynb #9b27dfa8
 def _crops_figure(method, fig, n=4):

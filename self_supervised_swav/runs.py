@@ -7,7 +7,7 @@ __all__ = ['parse_settings', 'EpochHistory', 'SaveEncoder', 'EpochLines', 'stop_
            'resumed_args', 'PretrainRun', 'find_encoder']
 
 # %% ../nbs/37_runs.ipynb #388a603e
-import ast, json, os, signal, sys, threading, time
+import ast, json, os, shlex, signal, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from .data import random_split, subset
 from .evaluate import KNNMetric
 from .files import atomic_path, check_writable, has_state, write_json
 from .learner import swav_learner
+from .multiview import method_of
 from . import report  # noqa: F401  it patches Learner
 from .resume import ResumeTraining, TrainingStopped
 from .sources import ImageSource
@@ -213,8 +214,18 @@ class PretrainRun:
             if isinstance(e, KeyboardInterrupt): e.signum = came[0] if came else signal.SIGINT
             raise
         learn.save_encoder.save()
-        learn.swav_report(self.out/'report.html', labels=self._labels(), title=f'SwAV: {self.images.source}')
+        title = f'{method_of(learn).title}: {self.images.source}'
+        learn.pretrain_report(self.out/'report.html', labels=self._labels(), title=title, next_steps=self._next_steps())
         return self
+
+    def _next_steps(self):
+        "For the end of the report: what for, and the command"
+        out,encoder = shlex.quote(str(self.out)),str(self.out/'encoder.safetensors')
+        return [
+            ('Measure what the features know about labels, on images in one folder per class:', f'swav evaluate {out} LABELED_FOLDER'),
+            ('Features of all images in a folder, a row for each:', f'swav embed {out} FOLDER -o features.npy'),
+            ('The encoder in Python, for fine-tuning and everything else:',
+             f'from self_supervised_swav.all import *\nencoder = load_encoder({encoder!r})')]
 
     def _write_settings(self):
         args = {k: v for k,v in asdict(self.args).items() if k not in _not_saved}

@@ -25,7 +25,7 @@ class Page(HTMLParser):
         super().__init__()
         self.open,self.heads,self.pictures,self.addresses,self.ids,self.words = [],[],[],[],[],[]
         self.tags,self.attributes,self.commands = set(),set(),[]
-        self.feed(text)
+        self.feed(text.replace('<wbr>', ''))  # where a long word may break
         self.close()
         assert not self.open, self.open
     def handle_starttag(self, tag, attrs):
@@ -165,10 +165,17 @@ def test_next_steps_run(trained, tmp_path, monkeypatch):
     learn = small_learner(dls=digits(200, labelled=True, bs=16))
     names |= dict(learn=learn, labeled=learn.dls)
     for text,command in _next_steps(learn):
-        assert text.endswith(':') and command
+        assert text.endswith(':') and command, text
         if 'fine_tune' in command: command = command.replace(').fine_tune(5)', ', cbs=[]).fine_tune')  # made, not trained
         exec(command, names)
     assert (tmp_path/'encoder.safetensors').is_file() and names['features'].shape==(40,16)
+
+def test_next_steps_follow_from_the_run(trained):
+    "8 steps have not brought the loss below ln 20; then an alarm says more"
+    assert float(trained.recorder.losses[-1])>=trained.swav.chance_loss[0] and _next_steps(trained)[0][0].startswith('Train longer')
+    trained.collapse_monitor.alarms.append((8, 'It does not learn.'))
+    try: assert _next_steps(trained)[0][0].startswith('Change one setting')
+    finally: trained.collapse_monitor.alarms.clear()
 
 def test_steps_are_given(trained, tmp_path):
     page = check_page(trained.pretrain_report(tmp_path/'r.html', max_images=8, next_steps=[('Use <it>:', 'swav embed "a & b" x'), ('Or rest.', None)]))
