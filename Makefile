@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-machines bench bench-quick bench-quality check lab readme clean
+.PHONY: help demo test test-slow test-machines test-oldest test-newest bench bench-quick bench-quality check lab readme clean
 
 help:                                 ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,6 +37,12 @@ test-slow: $(VENV)/.installed-dev     ## the tests marked slow
 test-machines: $(VENV)/.installed-dev ## numeric tests and trainings as other machines would run them: an hour
 	$(BIN)/python tools/machines.py
 
+test-oldest:                          ## tests with the lowest versions that settings.ini promises, on the lowest Python
+	$(PYTHON) tools/versions.py oldest
+
+test-newest:                          ## tests with the newest of everything, on the newest Python
+	$(PYTHON) tools/versions.py newest
+
 bench: $(VENV)/.installed-dev         ## this package beside its peers, kept in benchmarks/README.md
 	$(BIN)/python -W ignore benchmarks/run.py --write
 
@@ -57,4 +63,4 @@ lab: $(VENV)/.installed-dev           ## notebooks in the browser
 	$(BIN)/jupyter lab nbs
 
 clean:                                ## everything that these commands made
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

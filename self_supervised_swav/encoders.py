@@ -109,14 +109,16 @@ def _naming(arch, kwargs):
         raise TypeError(f"arch={arch!r} takes no argument {name!r}") from e
 
 def _timm_model(arch, pretrained, **kwargs):
+    # how to allow images of any size: Swin needs the second argument before timm 1.0.31, and convolutional networks need neither
+    any_size = (dict(dynamic_img_size=True, strict_img_size=False), dict(dynamic_img_size=True), {})
     try:
         with _naming(arch, kwargs):
-            try: return timm.create_model(arch, pretrained=pretrained, **{'dynamic_img_size':True, **kwargs})
-            except TypeError as e: # raised before anything is built or downloaded
-                if 'dynamic_img_size' not in str(e): raise
-            return timm.create_model(arch, pretrained=pretrained, **kwargs)
+            for args in any_size:
+                try: return timm.create_model(arch, pretrained=pretrained, **{**args, **kwargs})
+                except TypeError as e: # raised before anything is built or downloaded
+                    if not any(o in str(e) for o in args): raise
     except AssertionError as e:
-        if 'pool' not in str(e).lower(): raise
+        if kwargs['global_pool'] is None or str(e) and 'pool' not in str(e).lower(): raise # older versions of timm assert without a message
         raise ValueError(f"pool_type={kwargs['global_pool']!r} does not exist for {arch!r} ({e}); "
                          "None is the architecture's own pooling") from e
     except (OSError, RuntimeError) as e:

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from helpers import needs_pretended_gpu
 from self_supervised_swav.augment import (BatchAugment, ExactAugment, MultiCrop, get_batch_augs, get_multi_aug_pipelines,
                                           get_swav_aug_pipelines)
 from self_supervised_swav.fused import FusedAugment, color_matrices, hue_matrix
@@ -387,6 +388,7 @@ def test_pickle(photos):
     assert all(torch.equal(o,p) for o,p in zip(a,b))
 
 @pytest.mark.parametrize('c', [1,3])
+@needs_pretended_gpu
 def test_no_synchronisation(c):
     "All of it runs on pretended CUDA tensors: nothing is left on the CPU, no value is waited for"
     from torch._subclasses import FakeTensorMode

@@ -1,7 +1,10 @@
 "The benchmarks' harness on tiny sizes: its figures mean what they say."
-import json, sys, time
+import json, sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 import pytest, torch
+from helpers import rounding
 
 folder = Path(__file__).parent.parent/'benchmarks'
 sys.path.insert(0, str(folder))
@@ -10,12 +13,15 @@ import run as bench
 
 tiny = dict(arch='resnet18', bs=4, num_crops=(2,1), crop_sizes=(32,24))
 
-def test_race_alternates_and_gives_seconds_of_one_call():
-    calls = []
-    def wait(name, s): calls.append(name); time.sleep(s)
-    times = harness.race(dict(a=lambda: wait('a', .02), b=lambda: wait('b', .08)), rounds=3, least=.06)
-    assert .0199<times['a']<.0599 and .0799<times['b']  # three calls of `a` a round, one of `b`
-    assert ''.join(calls).endswith('aaabaaabaaab')
+def test_race_alternates_and_gives_seconds_of_one_call(monkeypatch):
+    now,calls = [0.],[]
+    def wait(name, s):
+        calls.append(name)
+        now[0] += s
+    monkeypatch.setattr(harness, 'time', SimpleNamespace(perf_counter=lambda: now[0]))  # a clock that the load of the machine does not touch
+    times = harness.race(dict(a=lambda: wait('a', .02), b=lambda: wait('b', .08)), rounds=3, least=.05)
+    assert times==pytest.approx(dict(a=.02, b=.08))
+    assert ''.join(calls).endswith('aaabaaabaaab')  # three calls of `a` make the least seconds of a round
 
 def test_exponent():
     assert harness.exponent((1,2,4,8), [3*n**1.5 for n in (1,2,4,8)])==pytest.approx(1.5)
@@ -25,7 +31,8 @@ def _fill(n, small=False):
     return lambda: torch.ones((1 if small else n)*2**18).sum()
 
 def test_peak_memory():
-    assert harness.peak_memory(_fill, 80)/2**20==pytest.approx(80, abs=4)
+    # a measure that counted the inputs, or the libraries, or nothing, would be 80 MB off; the libraries' own buffers are a few
+    assert harness.peak_memory(_fill, 80)/2**20==pytest.approx(80, abs=20)
 
 def test_ratio_says_how_many_times_as_long_the_peer_takes():
     row = harness.Row.of_times('x', '1', {'this package': .002, 'peer': .007}, 'peer')
@@ -33,9 +40,12 @@ def test_ratio_says_how_many_times_as_long_the_peer_takes():
 
 def test_contestants_compute_the_same():
     fs = kernels.sinkhorn_contestants(40, 20)
-    for k in ('without `out`','lightly'): torch.testing.assert_close(fs['this package'](), fs[k](), atol=1e-6, rtol=0)
+    # exp(score/.05): a rounded argument of up to 20 counts as 20 roundings; then three iterations of sums over 40 rows and 20 columns
+    close = partial(torch.testing.assert_close, atol=rounding(torch.float32, 20+3*(40+20)), rtol=0)
+    for k in ('without `out`','lightly'): close(fs['this package'](), fs[k]())
     ours,theirs = (f() for f in kernels.loss_contestants(4, 8, 20).values())
-    for a,b in zip(ours, theirs): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    # scores/.1 are up to 10, in sums over 20 prototypes, then 8 rows and 4 crops
+    for a,b in zip(ours, theirs): torch.testing.assert_close(a, b, atol=rounding(torch.float32, 10+20+8+4, 10.), rtol=0)
 
 def test_parts_of_a_step():
     from multicrop import batch, photographs
@@ -112,4 +122,5 @@ def test_collapse_tells_runs_that_learn_from_those_that_do_not():
 
 def test_collapse_runs_a_data_set():
     r, = collapse.main(['--seeds','1','--only','digits','--epochs','1'])
+    # an epoch from random weights: the loss is still near ln K, and the accuracy of 10 classes is anything but 0 or 1
     assert r['steps']==19 and .5<r['last']<1.2 and 0<r['trained']<1

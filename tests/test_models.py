@@ -6,6 +6,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from helpers import needs_pretended_gpu
 from self_supervised_swav.encoders import PoolingType, create_encoder, create_fastai_encoder
 from self_supervised_swav.models import Prototypes, SwAVModel, create_mlp_module, create_swav_model
 
@@ -125,6 +126,7 @@ def test_half_precision_model():
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(15))
 
 @pytest.mark.parametrize('arch', ('test_resnet', 'mobilenetv3_small_050', 'test_efficientnet', xresnet18))
+@needs_pretended_gpu
 def test_all_on_one_device_without_a_wait(arch):
     "On pretended CUDA tensors: a part on the CPU, or a value read back from the device, raises"
     with FakeTensorMode():

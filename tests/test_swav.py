@@ -7,7 +7,7 @@ from fastai.vision.all import (ChannelsLast, CSVLogger, DataBlock, EarlyStopping
                                MixedPrecision, Normalize, PILImage, Pipeline, SaveModelCallback, ShortEpochCallback, ShowGraphCallback,
                                get_image_files, load_learner, noop, tuplify)
 from torch import nn
-from helpers import digits, method_cases, method_learner, rounding, small_augs, small_encoder, small_learner
+from helpers import digits, method_cases, method_learner, needs_pretended_gpu, rounding, small_augs, small_encoder, small_learner
 from self_supervised_swav.learner import setting_groups
 from self_supervised_swav.models import Prototypes, SwAVModel, create_mlp_module, create_swav_model, in_eval
 from self_supervised_swav.multiview import method_of, methods
@@ -449,6 +449,7 @@ def test_print_augs(capsys):
 # --- the device, without one ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('K', [None,24])
 @pytest.mark.parametrize('hard', [False,True])
+@needs_pretended_gpu
 def test_whole_step_on_a_pretended_gpu(K, hard):
     "Crops, model, codes, queue and loss touch no other device and wait for nothing: each would raise here"
     from torch._subclasses import FakeTensorMode

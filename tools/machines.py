@@ -3,7 +3,7 @@
 Each setting makes torch and its libraries compute in another order, with other instructions, or with less knowledge of the processor. A bound that only holds
 in one of them is what one machine happened to give."""
 import os, re, subprocess, sys, time
-from runner import Count, find_notebooks, notebooks, root, say, tests
+from runner import Count, close, find_notebooks, notebooks, root, say, tests
 
 settings = {
     'ATen without vector instructions': dict(ATEN_CPU_CAPABILITY='default'),
@@ -57,9 +57,7 @@ def short():
 def main(*words):
     chosen = {k: v for k, v in settings.items() if not words or any(w in k for w in words)}
     if not chosen: sys.exit(f"no setting named so; there are: {', '.join(settings)}")
-    count = sum((run_setting(k, v) for k, v in chosen.items()), Count())
-    print(count)
-    return bool(count.failed)
+    return close(sum((run_setting(k, v) for k, v in chosen.items()), Count()))
 
 if __name__ == '__main__':
     if '--here' in sys.argv: run_here('--short' in sys.argv)

@@ -1,4 +1,4 @@
-"Run notebooks and tests, and count what passed, what failed, and why how much was skipped"
+"Run notebooks and tests, and count what passed, what failed, and why how much was skipped: `python tools/runner.py [arguments of pytest]`"
 import json, os, subprocess, sys, tempfile, time
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two workers of one thread each: before torch is imported
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -80,3 +80,11 @@ def tests(*args, may_be_none=False):
     if ret == 5 and may_be_none: ret = 0
     if ret and not count.failed: count += Count(failed=1)  # no test found, or pytest itself came to nothing
     return say('tests', count, start)
+
+def close(count):
+    "The last lines: why tests were skipped, and the totals"
+    for why, n in sorted(count.skipped.items()): print(f'{n} skipped: {why}')
+    print(count)
+    return bool(count.failed)
+
+if __name__ == '__main__': sys.exit(close(tests(*sys.argv[1:])))

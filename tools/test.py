@@ -1,7 +1,7 @@
 "Run every check of the project, whatever fails on the way, and count: `python tools/test.py [words that name notebooks or tests]`"
 import subprocess, sys, time
 import machines
-from runner import Count, find_notebooks, notebooks, root, say, tests
+from runner import Count, close, find_notebooks, notebooks, root, say, tests
 
 def checks():
     "The package and README are what the notebooks give, and ruff has no complaint about them"
@@ -17,8 +17,6 @@ def main(words=()):
     count = checks() + (notebooks(nbs) if nbs or words else say('notebooks (none found)', Count(failed=1), time.time()))
     count += tests('-k', ' or '.join(words), 'tests', may_be_none=True) if words else tests()
     if not words: count += machines.short()
-    for why, n in sorted(count.skipped.items()): print(f'{n} skipped: {why}')
-    print(count)
-    return bool(count.failed)
+    return close(count)
 
 if __name__ == '__main__': sys.exit(main(sys.argv[1:]))
