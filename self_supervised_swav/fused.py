@@ -248,7 +248,9 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         return list(y.view(n, len(x), *y.shape[1:]).unbind())
 
     def forward(self, input, params=None, **kwargs):
-        return as_type_of(super().forward(plain_tensor(input), params, **kwargs), input)
+        x = plain_tensor(input)
+        if x.dtype==torch.bfloat16: x = x.float()  # kornia before 0.9 refuses it
+        return as_type_of(super().forward(x, params, **kwargs), input)
 
     @torch.no_grad()
     def apply_transform(self, input, params, flags, transform=None):
