@@ -1,4 +1,6 @@
-"Everything: `from self_supervised_swav.all import *`"
+"What one writes in a notebook: `from self_supervised_swav.all import *`"
+# ruff: noqa: F405
+import importlib, warnings
 from .sinkhorn import *
 from .losses import *
 from .contrastive import *
@@ -28,3 +30,35 @@ from .sources import *
 from .runs import *
 from .compare import *
 from .embed import *
+
+# The modules hold more names, for those who build on them: `from self_supervised_swav.drawings import draw_image`
+__all__ = [
+    # images
+    'swav_dls', 'tensor_dls', 'digits_dls', 'fashion_mnist_dls', 'UnlabeledImageBlock', 'TensorImages', 'check_images',
+    # models
+    'PoolingType', 'create_encoder', 'create_timm_encoder', 'create_fastai_encoder',
+    'create_mlp_module', 'create_swav_model', 'SwAVModel', 'Prototypes',
+    # crops
+    'get_batch_augs', 'get_multi_aug_pipelines', 'get_swav_aug_pipelines', 'MultiCrop',
+    # methods and their settings
+    'MultiView', 'method_of', 'SWAV', 'pretrain_learner', 'swav_learner', 'Recipe', 'swav_recipe', 'paper_recipe',
+    # training
+    'lars', 'CollapseMonitor', 'CollapseWarning', 'KNNMetric', 'ResumeTraining', 'TrainingStopped',
+    'EpochHistory', 'SaveEncoder', 'PretrainRun',
+    # formulas
+    'sinkhorn', 'swapped_loss', 'nt_xent', 'info_nce', 'code_entropy', 'mean_code_entropy', 'prototype_usage', 'code_overlap',
+    'feature_spread', 'effective_rank',
+    # the encoder and what it knows
+    'save_encoder', 'load_encoder', 'load_weights', 'encoder_settings', 'create_from_settings',
+    'extract_features', 'nearest_neighbors', 'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
+    'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run', 'embed_images']
+
+def __getattr__(name):
+    "A name that was here in 0.1.0, from the module that has it now"
+    if not name.startswith('_'):
+        for mod in ('drawings','visualize','samples','files','fused'):
+            found = importlib.import_module(f'.{mod}', __package__)
+            if hasattr(found, name):
+                warnings.warn(f"{name} is no longer in all: from self_supervised_swav.{mod} import {name}", DeprecationWarning, stacklevel=2)
+                return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

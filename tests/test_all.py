@@ -1,0 +1,63 @@
+"The face of the package: what a user writes, no name that hides another one, and rooms that keep to their own."
+import ast, builtins, inspect
+from pathlib import Path
+import fastai.vision.all, pytest
+import self_supervised_swav.all as face
+
+pkg = Path(face.__file__).parent
+sources = {p.stem: p.read_text(encoding='utf-8') for p in sorted(pkg.glob('*.py'))}
+by_hand = {'__init__','__main__','_modidx','all'}
+not_in_all = {'args','cli','collectives','drawings','files','kmeans','randomness','samples'}  # for those who build on the package
+
+def star(): return vars_after('from self_supervised_swav.all import *')
+def vars_after(code):
+    names = {}
+    exec(code, names)
+    return {k: v for k,v in names.items() if k!='__builtins__'}
+
+def test_star_gives_the_face():
+    assert sorted(star())==sorted(face.__all__) and len(set(face.__all__))==len(face.__all__)
+    assert len(face.__all__)<75, 'a name more is a name more to read: does a user write it in a notebook?'
+
+def test_nothing_is_hidden():
+    "No name of fastai's face or of Python, unless it is the very same thing"
+    theirs = vars_after('from fastai.vision.all import *')
+    assert [k for k,v in star().items() if hasattr(builtins, k) or k in theirs and theirs[k] is not v]==[]
+    assert 'Learner' in theirs and hasattr(fastai.vision.all, 'vision_learner')  # the check has something to find
+
+def test_every_name_says_what_it_is():
+    for k,v in star().items():
+        assert inspect.getdoc(v), f'{k} has no docstring'
+        assert v.__module__.startswith('self_supervised_swav.'), f'{k} comes from {v.__module__}'
+
+def test_every_module_is_in_all():
+    "Its patches reach the Learner only if it is imported"
+    imported = {n.module for n in ast.walk(ast.parse(sources['all'])) if isinstance(n, ast.ImportFrom)}
+    assert imported==sources.keys()-by_hand-not_in_all
+
+def test_old_names():
+    for name in ('draw_prototypes','draw_neighbours','nearest_images','ImageSample','atomic_path'):
+        with pytest.warns(DeprecationWarning, match=f'{name} is no longer in all: from self_supervised_swav'): assert callable(getattr(face, name))
+    with pytest.raises(AttributeError, match="has no attribute 'draw_everything'"): face.draw_everything
+    with pytest.raises(ImportError): exec('from self_supervised_swav.all import draw_everything')
+
+def private_imports(source):
+    "Private names that `source` takes from another module of the package, by import or by attribute"
+    modules = {}
+    for n in ast.walk(ast.parse(source)):
+        if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('self_supervised_swav')):
+            for o in n.names:
+                if o.name.startswith('_') and not o.name.startswith('__'): yield f'{n.module}.{o.name}'
+                modules[o.asname or o.name] = o.name
+    for n in ast.walk(ast.parse(source)):
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and modules.get(n.value.id) in sources and n.attr.startswith('_'):
+            if not n.attr.startswith('__'): yield f'{modules[n.value.id]}.{n.attr}'
+
+@pytest.mark.parametrize('mod', sources)
+def test_no_private_name_crosses_a_wall(mod): assert list(private_imports(sources[mod]))==[]
+
+@pytest.mark.parametrize('source,found', [
+    ('from .data import _find_images', ['data._find_images']), ('from self_supervised_swav.data import _x as y', ['data._x']),
+    ('from . import report\nreport._page()', ['report._page']), ('from .data import swav_dls', []), ('from os import _exit', []),
+    ('from . import __version__', []), ('def f():\n    from .data import _x', ['data._x'])])
+def test_checker(source, found): assert [o.removeprefix('self_supervised_swav.') for o in private_imports(source)]==found
