@@ -16,6 +16,9 @@ from .augment import *
 from .checkpoints import *
 from .multiview import *
 from .swav import *
+from .simclr import *
+from .moco import *
+from .deepcluster import *
 from .optimizer import *
 from .monitor import *
 from .resume import *

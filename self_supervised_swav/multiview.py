@@ -6,9 +6,10 @@
 __all__ = ['Picture', 'Method', 'methods', 'MultiView', 'method_of', 'register_method', 'method_named']
 
 # %% ../nbs/20_multiview.ipynb #a63beddf
-import inspect
+import inspect, re
 from collections import namedtuple
 from importlib import import_module
+from importlib.util import find_spec
 import torch
 from fastcore.basics import noop, patch
 from fastai.callback.core import Callback
@@ -236,7 +237,7 @@ def _check_finite(self:MultiView, x):
 def _raise_not_finite(self:MultiView):
     "Name the first tensor of this step that is not finite"
     pred = getattr(self.learn, 'pred', None)  # missing before the first batch
-    pred = pred if isinstance(pred, tuple) else ()
+    pred = pred if isinstance(pred, tuple) else () if pred is None else (pred,)
     crops = [(f'crop {i}',c) for i,c in enumerate(self.learn.xb[0])]
     suspects = [('images',self.images), *crops, *zip(('embedding','scores'), pred)]
     unknown = 'loss' if len(self.sizes)==1 else 'loss here or a value on another rank'
@@ -324,11 +325,11 @@ def register_method(
     return methods[name]
 
 def method_named(
-    name:str # Name of a registered method; its module is imported if it has the same name
+    name:str # Name of a registered method; a module of that name, with or without the version, is imported
 )->Method:
     "The parts of the method `name`"
     if isinstance(name, str) and name.isidentifier() and name not in methods:
-        try: import_module(f'self_supervised_swav.{name}')
-        except ModuleNotFoundError: pass
+        for module in (name, re.sub(r'v\d+$', '', name)):
+            if find_spec(f'self_supervised_swav.{module}'): import_module(f'self_supervised_swav.{module}')
     if name not in methods: raise ValueError(f"method must be one of {', '.join(map(repr, methods))}, got {name!r}")
     return methods[name]
