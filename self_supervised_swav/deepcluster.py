@@ -90,7 +90,7 @@ class FeatureMemory:
         idxs = self.seen.nonzero()[:,0]
         return idxs,self.features[crop,idxs]
 
-# %% ../nbs/24_deepcluster.ipynb #276444ff
+# %% ../nbs/24_deepcluster.ipynb #18c873a4
 class DeepClusterV2(MultiView):
     "Prediction of the clusters that k-means finds once an epoch (DeepCluster-v2)"
     name,title = 'deepclusterv2','DeepCluster-v2'
@@ -127,6 +127,7 @@ class DeepClusterV2(MultiView):
         model,dl = self.bare_model,self.dls.train
         if not isinstance(model, DeepClusterModel):
             raise TypeError(f"model must be a DeepClusterModel, as create_deepcluster_model gives, got {type(model).__name__}")
+        if self._whole_images: return
         if not hasattr(dl, 'get_idxs') or getattr(dl, 'n', None) is None or not getattr(dl, 'bs', None):
             raise TypeError("dls.train must be a fastai DataLoader of a data set of known length, in batches: "
                             f"DeepClusterV2 remembers each image by its index, got {type(dl).__name__}")
@@ -180,8 +181,10 @@ class DeepClusterV2(MultiView):
         self._note_order(dl)
         with own_randomness(self.seed, dl), torch.no_grad():
             for i,b in enumerate(dl):
-                x = self.learn._set_device(b)[0]
+                x = self.images = self.learn._set_device(b)[0]
                 crops = self.cut(x)
+                self.learn.iter,self.learn.xb = i,(crops,)
+                self._check_finite(x)
                 z = model([crops[i] for i in self.crop_assgn_ids])[0].unflatten(0, (len(self.crop_assgn_ids),-1))
                 self.memory.put(self._idxs_of_batch(i, len(x)), z)
 

@@ -44,8 +44,9 @@ method_cases = {name: dict(method=name) for name in methods} | {'swav-queue': di
 def method_learner(case, n=100, labelled=False, seed=0, cbs=(), dls=None, monitor=False, **kwargs):
     "A Learner with the method and the settings of a case, quiet, seeded, as fast as possible"
     seed_all(seed)
-    quick = dict(hidden_size=16, projection_size=8, n_protos=20, num_crops=(2,1), jitter=False)
     given = method_cases[case]
+    n_sizes = len(methods[given['method']].recipe(n_images=80, bs=16, image_size=16)['augs']['crop_sizes'])
+    quick = dict(hidden_size=16, projection_size=8, n_protos=20, num_crops=(2,1)[:n_sizes], jitter=False)
     known = [o for names in setting_groups(given['method']).values() for o in names]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # a queue of a quarter of the images, and the like
