@@ -6,10 +6,10 @@
 __all__ = ['DeepClusterModel', 'create_deepcluster_model', 'FeatureMemory', 'DeepClusterV2', 'get_deepcluster_aug_pipelines',
            'deepcluster_recipe']
 
-# %% ../nbs/24_deepcluster.ipynb #c7474ed4
+# %% ../nbs/24_deepcluster.ipynb #36d9069f
 import math
-from pathlib import Path
 import torch, torch.nn.functional as F
+import torch.distributed as dist
 from torch import nn
 from fastai.callback.hook import total_params
 from .augment import get_swav_aug_pipelines
@@ -90,7 +90,7 @@ class FeatureMemory:
         idxs = self.seen.nonzero()[:,0]
         return idxs,self.features[crop,idxs]
 
-# %% ../nbs/24_deepcluster.ipynb #18c873a4
+# %% ../nbs/24_deepcluster.ipynb #f9f0938c
 class DeepClusterV2(MultiView):
     "Prediction of the clusters that k-means finds once an epoch (DeepCluster-v2)"
     name,title = 'deepclusterv2','DeepCluster-v2'
@@ -128,7 +128,7 @@ class DeepClusterV2(MultiView):
         if not isinstance(model, DeepClusterModel):
             raise TypeError(f"model must be a DeepClusterModel, as create_deepcluster_model gives, got {type(model).__name__}")
         if self._whole_images: return
-        if not hasattr(dl, 'get_idxs') or getattr(dl, 'n', None) is None or not getattr(dl, 'bs', None):
+        if not hasattr(dl, 'get_idxs') or not hasattr(dl.dataset, '__len__') or not getattr(dl, 'bs', None):
             raise TypeError("dls.train must be a fastai DataLoader of a data set of known length, in batches: "
                             f"DeepClusterV2 remembers each image by its index, got {type(dl).__name__}")
         n = len(dl.dataset)
@@ -195,16 +195,27 @@ class DeepClusterV2(MultiView):
         entropies = []
         for h,head in enumerate(heads):
             idxs,x = self.memory.get(h%len(self.crop_assgn_ids))
-            prototypes,labels,_ = spherical_kmeans(x.to(device), len(head.weight), self.n_kmeans_iter, seed=self.seed+1000*self.epoch+h, group=self.group)
+            idxs,x = idxs.to(device),x.to(device)
+            init = self._first_prototypes(idxs, x, len(head.weight), self.seed+1000*self.epoch+h)
+            prototypes,labels,_ = spherical_kmeans(x, len(head.weight), self.n_kmeans_iter, init, group=self.group)
             with torch.no_grad(): head.weight.copy_(prototypes)
-            idxs,labels = self._from_all_ranks(torch.stack([idxs.to(device), labels], 1)).unbind(1)
+            idxs,labels = self._from_all_ranks(torch.stack([idxs, labels], 1)).unbind(1)
             self.assigned[h,idxs] = labels
             share = labels.bincount(minlength=len(head.weight))/len(labels)
             entropies.append(torch.special.entr(share).sum().item()/math.log(len(head.weight)))
         self.evenness = min(entropies)
 
+    def _first_prototypes(self, idxs, x, k, seed):
+        "Embeddings of `k` images, which do not depend on how the images are spread over processes"
+        known = self._from_all_ranks(idxs[:,None])[:,0].unique()
+        chosen = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:k]].to(x.device)
+        row_of = idxs.new_full((len(self.memory.seen),), -1).scatter_(0, idxs, torch.arange(len(idxs), device=x.device))[chosen]
+        init = torch.where(row_of[:,None]>=0, x[row_of], 0.)
+        if self.group is not None: dist.all_reduce(init, group=self.group)
+        return F.normalize(init, dim=1)
+
     def _from_all_ranks(self, rows):
-        "Rows (n,2) of all ranks, on the CPU"
+        "Rows of all ranks, on the CPU"
         if self.group is not None:
             sizes = [int(n) for n, in exchange(len(rows), device=rows.device, group=self.group)]
             rows = gather_rows(rows[None], sizes, self.group)[0]

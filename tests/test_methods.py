@@ -3,17 +3,17 @@ import copy
 import pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastai.vision.all import DataLoaders, Pipeline, SGD
 from torch import nn
 from helpers import digits, method_learner, rounding, seed_all, small_encoder
-from self_supervised_swav.contrastive import info_nce, nt_xent
-from self_supervised_swav.deepcluster import DeepClusterV2, FeatureMemory, create_deepcluster_model, get_deepcluster_aug_pipelines
-from self_supervised_swav.evaluate import extract_features, knn_accuracy
+from self_supervised_swav.contrastive import nt_xent
+from self_supervised_swav.data import tensor_dls
+from self_supervised_swav.deepcluster import DeepClusterV2, create_deepcluster_model, get_deepcluster_aug_pipelines
 from self_supervised_swav.kmeans import spherical_kmeans
-from self_supervised_swav.learner import pretrain_learner
 from self_supervised_swav.moco import MoCo, create_moco_model, get_moco_aug_pipelines
-from self_supervised_swav.multiview import method_of
 from self_supervised_swav.resume import ResumeTraining, TrainingStopped
-from self_supervised_swav.simclr import SimCLR, create_simclr_model, get_simclr_aug_pipelines
+from self_supervised_swav.simclr import SimCLR, create_simclr_model
+from test_distributed import Cut, Parts, run_ranks
 
 class Keep(Callback):
     "What a step saw and what it made of it"
@@ -141,7 +141,8 @@ def test_clustering_by_hand():
             m = self.deepclusterv2
             for h,head in enumerate(self.model.heads):
                 idxs,x = m.memory.get(h%2)
-                prototypes,labels,_ = spherical_kmeans(x, len(head.weight), 10, seed=1000*self.epoch+h)
+                chosen = idxs[torch.randperm(len(idxs), generator=torch.Generator().manual_seed(1000*self.epoch+h))[:len(head.weight)]]
+                prototypes,labels,_ = spherical_kmeans(x, len(head.weight), 10, F.normalize(m.memory.features[h%2,chosen], dim=1))
                 assert torch.equal(head.weight, prototypes) and torch.equal(m.assigned[h,idxs], labels)
     learn = method_learner('deepclusterv2', n_protos=(5,7,5), cbs=[Check])
     learn.fit(2)
@@ -168,6 +169,43 @@ def test_more_clusters_than_images():
     model = create_deepcluster_model(small_encoder(), 16, 8, n_protos=200)
     with pytest.raises(ValueError, match='n_protos must be at most the number of training images, 80'):
         Learner(digits(100), model, cbs=[DeepClusterV2(get_deepcluster_aug_pipelines((2,1), (16,10), stats=None))]).fit(1)
+
+# --- all: several processes, uneven batches ------------------------------------------------------------------------------------
+def _fixed_learner(name, sizes, rank=0):
+    "Deterministic crops, batches of `sum(sizes)` in a fixed order, no batch norm; images and features so different that no cluster hangs on a rounding"
+    torch.manual_seed(1)
+    encoder = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AdaptiveMaxPool2d(2), nn.Flatten())
+    with torch.no_grad():
+        for m in encoder:
+            if isinstance(m, nn.Conv2d): m.weight.mul_(4)
+    create,method = dict(simclr=(create_simclr_model, SimCLR), moco=(create_moco_model, lambda augs: MoCo(augs, K=30, m=.8, temp=.5)),
+                         deepcluster=(lambda e,*a,**k: create_deepcluster_model(e, *a, n_protos=(5,7), **k), DeepClusterV2))[name]
+    x = torch.rand(60, 1, 12, 12, generator=torch.Generator().manual_seed(2))
+    dls = tensor_dls(x, bs=sum(sizes), splits=(range(48), range(48,60)), device='cpu', num_workers=0)
+    loaders = [Parts(dl, sizes, rank) if len(sizes)>1 else dl.new(bs=sum(sizes), shuffle=False, drop_last=False) for dl in dls.loaders]
+    augs = [Pipeline([Cut(i, s)], split_idx=0) for i,s in ((0,10),(2,10),(3,7))]
+    learn = Learner(DataLoaders(*loaders, device='cpu'), create(encoder, 16, 8, bn=False), opt_func=SGD, lr=.05, cbs=[method(augs)])
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda *_: None
+    return learn
+
+def _outcome(learn):
+    learn.fit(2)
+    queue = getattr(learn.model, 'queue', None)
+    assigned = learn.deepclusterv2.assigned if hasattr(learn, 'deepclusterv2') else None
+    return dict(weights=torch.cat([p.detach().flatten() for p in learn.model.parameters()]), losses=torch.stack(learn.recorder.losses),
+                queue=torch.zeros(1) if queue is None else queue.features, assigned=torch.zeros(1) if assigned is None else assigned)
+
+def _fit_of_rank(rank, size, name, sizes):
+    learn = _fixed_learner(name, sizes, rank)
+    with learn.distrib_ctx(sync_bn=False): return _outcome(learn)
+
+@pytest.mark.parametrize('sizes', [[6,6],[2,7,3]], ids=str)
+@pytest.mark.parametrize('name', ['simclr','moco','deepcluster'])
+def test_ranks_equal_one_process(name, sizes, tmp_path):
+    one,got = _outcome(_fixed_learner(name, [sum(sizes)])),run_ranks(_fit_of_rank, len(sizes), tmp_path, name, sizes)
+    for g in got:
+        for k in one: torch.testing.assert_close(g[k], one[k], atol=1e-5*max(1., one[k].abs().max().item()), rtol=0, msg=lambda m: f'{k} of {name}: {m}')
 
 # --- all: stopped and resumed, bit for bit ---------------------------------------------------------------------------------------
 class StopAt(Callback):
