@@ -17,5 +17,6 @@ setup(name=cfg['lib_name'], version=literal_eval(version_line.split('=')[1].stri
       extras_require={'test': cfg['test_requirements'].split(), 'dev': (cfg['test_requirements']+' '+cfg['dev_requirements']).split()},
       entry_points={'console_scripts': cfg['console_scripts'].split()},
       long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-      classifiers=['Programming Language :: Python :: 3', 'Framework :: Jupyter',
-                   'Topic :: Scientific/Engineering :: Artificial Intelligence'])
+      # the Pythons on which the tests have run
+      classifiers=['Programming Language :: Python :: 3', *(f'Programming Language :: Python :: 3.{o}' for o in (10, 11, 13)), 'Framework :: Jupyter',
+                   'Operating System :: POSIX :: Linux', 'Topic :: Scientific/Engineering :: Artificial Intelligence', 'Typing :: Typed'])
