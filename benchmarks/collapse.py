@@ -1,4 +1,6 @@
-"Does `swav_learner(dls, arch).fit(n)` learn on small data, with nothing chosen by hand? `python benchmarks/collapse.py [--seeds 5] [--only digits]`"
+"""Does `swav_learner(dls, arch).fit(n)` learn on small data, with nothing chosen by hand?
+
+`python benchmarks/collapse.py [--seeds 5] [--only digits]`"""
 import argparse, math, time, warnings
 from functools import partial
 
@@ -37,7 +39,8 @@ def run(name, seed, epochs=None):
     "Loss as a share of ln K in the first and the last epoch, accuracies before and after, number of alarms, seconds"
     make,channels,n = datasets[name]
     set_seed(seed)
-    learn = swav_learner(make(seed=seed, device='cpu'), 'resnet18', encoder=small|dict(channels=channels), cbs=NoValidation())
+    dls = make(seed=seed, device='cpu')
+    learn = swav_learner(dls, 'resnet18', encoder=small|dict(channels=channels), cbs=NoValidation())
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
     before,start = accuracy(learn),time.time()
     with warnings.catch_warnings():
@@ -46,17 +49,22 @@ def run(name, seed, epochs=None):
     seconds,losses = time.time()-start,learn.collapse_monitor.history['loss/lnK']
     steps = len(learn.dls.train)
     first,last = (sum(o)/steps for o in (losses[:steps],losses[-steps:]))
-    return dict(data=name, seed=seed, epochs=epochs or n, steps=len(losses), protos=learn.recipe['model']['n_protos'], first=first, last=last,
-                untrained=before, trained=accuracy(learn), alarms=len(learn.collapse_monitor.alarms), seconds=seconds)
+    return dict(
+        data=name, seed=seed, epochs=epochs or n, steps=len(losses), protos=learn.recipe['model']['n_protos'],
+        first=first, last=last, untrained=before, trained=accuracy(learn),
+        alarms=len(learn.collapse_monitor.alarms), seconds=seconds)
 
 def collapsed(r):
     "An alarm, a loss that stays at ln K, or features that know less than before"
     return r['alarms']>0 or r['last']>=.95 or r['trained']<=r['untrained']
 
-columns = ('data','seed','epochs','steps','prototypes','loss/ln K, first epoch','last epoch','20-NN untrained','trained','alarms','seconds','collapsed')
+columns = ('data','seed','epochs','steps','prototypes','loss/ln K, first epoch','last epoch',
+           '20-NN untrained','trained','alarms','seconds','collapsed')
 def row(r):
     acc = ['' if math.isnan(r[k]) else f'{r[k]:.3f}' for k in ('untrained','trained')]
-    return line([r['data'], str(r['seed']), str(r['epochs']), str(r['steps']), str(r['protos']), f"{r['first']:.3f}", f"{r['last']:.3f}", *acc, str(r['alarms']), f"{r['seconds']:.0f}", 'YES' if collapsed(r) else 'no'])
+    losses = [f'{r[k]:.3f}' for k in ('first','last')]
+    counts = [str(r[k]) for k in ('data','seed','epochs','steps','protos')]
+    return line([*counts, *losses, *acc, str(r['alarms']), f"{r['seconds']:.0f}", 'YES' if collapsed(r) else 'no'])
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)

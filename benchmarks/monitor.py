@@ -40,7 +40,8 @@ def share(size, bs, n_protos, n_steps, **encoder_kwargs):
     n = len(learn.clock.ends)
     step = (learn.clock.ends[-1]-learn.clock.ends[0])/(n-1)
     own = learn.timed_monitor.spent/n
-    print(f'{size} px, batch {bs}, {n_protos} prototypes: step {1e3*step:.0f} ms, monitor {1e3*own:.2f} ms, {own/step:.2%}')
+    print(f'{size} px, batch {bs}, {n_protos} prototypes: '
+          f'step {1e3*step:.0f} ms, monitor {1e3*own:.2f} ms, {own/step:.2%}')
 
 if __name__=='__main__':
     share(16, 64, 64, 20, layers=(1,1,1,1), channels=(8,16,32,64))

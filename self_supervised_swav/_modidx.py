@@ -862,6 +862,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'self_supervised_swav/multiview.py'),
                                                 'self_supervised_swav.multiview.MultiView.__init__': ( 'multiview.html#multiview.__init__',
                                                                                                        'self_supervised_swav/multiview.py'),
+                                                'self_supervised_swav.multiview.MultiView._as_weights': ( 'multiview.html#multiview._as_weights',
+                                                                                                          'self_supervised_swav/multiview.py'),
                                                 'self_supervised_swav.multiview.MultiView._check_finite': ( 'multiview.html#multiview._check_finite',
                                                                                                             'self_supervised_swav/multiview.py'),
                                                 'self_supervised_swav.multiview.MultiView._check_range': ( 'multiview.html#multiview._check_range',

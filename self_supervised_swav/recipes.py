@@ -90,7 +90,8 @@ class Recipe(dict):
 
     def rows(self):
         "Setting, value and reason of each"
-        return [(f'{g}.{n}', _value_text(v), self.reasons.get(f'{g}.{n}', '')) for g,d in self.items() for n,v in d.items()]
+        settings = {f'{g}.{n}': v for g,d in self.items() for n,v in d.items()}
+        return [(n, _value_text(v), self.reasons.get(n, '')) for n,v in settings.items()]
 
     def __str__(self):
         rows = self.rows()
@@ -112,7 +113,8 @@ def _check_at_least(name, value, least):
 def _shorter_side(image_size):
     sides = tuple(image_size) if isinstance(image_size, (tuple,list)) else (image_size,)*2
     if len(sides)!=2 or not all(isinstance(o, int) and o>=8 for o in sides):
-        raise ValueError(f"image_size must be a whole number of pixels, at least 8, or (height, width), got {image_size!r}")
+        raise ValueError("image_size must be a whole number of pixels, at least 8, or (height, width), "
+                         f"got {image_size!r}")
     return min(sides)
 
 def _is_few(n_images): return n_images<100_000
@@ -151,7 +153,8 @@ def common_recipe(
     else: why = f'images of {size} px are at least 64 px: the stem for ImageNet fits'
     r.put('encoder', 'small_images', tiny, why)
     if tiny:
-        r.put('encoder', 'zero_init_last', False, 'a small network learns sooner when its residual branches do not start at zero')
+        why = 'a small network learns sooner when its residual branches do not start at zero'
+        r.put('encoder', 'zero_init_last', False, why)
 
     why = f'the paper has 2048 for ImageNet; {n_images:,} images {"need fewer" if few else "are many, too"}'
     r.put('model', 'hidden_size', 512 if few else 2048, why)
@@ -182,13 +185,14 @@ def _put_crops(r, size, few, tiny):
           f'a large crop shows at least {px_large} of {size} px across, a small one at least {px_small}')
     r.put('augs', 'max_scales', (1.,hi_small),
           f'a large crop shows at most the whole image, a small one at most {px_small_most} px across')
-    r.put('augs', 'flip_p', 0.5, 'a mirrored image shows the same thing; use 0 where it does not, as for text and digits')
+    r.put('augs', 'flip_p', 0.5, 'a mirrored image shows the same thing; use 0 for text, digits and the like')
     why = "half the paper's strength: with few images, strong jitter hurts" if few else "as in the paper"
     r.put('augs', 'jitter_s', 0.5 if few else 1., why)
     r.put('augs', 'blur', not tiny, f'images of {size} px have no detail to lose' if tiny else
           f'up to {2*large/224:.2g} px, in proportion to the crop')
     if not tiny:
-        r.put('augs', 'blur_s', (.1, max(.1, round(2*large/224, 2))), f"the paper's 2 px for crops of 224 px, scaled to {large} px")
+        strongest = max(.1, round(2*large/224, 2))
+        r.put('augs', 'blur_s', (.1, strongest), f"the paper's 2 px for crops of 224 px, scaled to {large} px")
 
 # %% ../nbs/04_recipes.ipynb #29ad750e
 def swav_recipe(
@@ -223,13 +227,13 @@ def swav_recipe(
     wanted_queue = round_up(4*n_protos//3-batch, batch)  # with the batch, a third more rows than prototypes
     K = 0 if enough else min(longest_queue, max(batch, wanted_queue))
     if K:
-        why = (f'{batch} images cannot share {n_protos:,} prototypes: with {K//batch} batches more there are {batch+K:,} rows; '
-               f'the queue holds {K/n_images:.1%} of the {n_images:,} images')
+        why = (f'{batch} images cannot share {n_protos:,} prototypes: with {K//batch} batches more there are '
+               f'{batch+K:,} rows; the queue holds {K/n_images:.1%} of the {n_images:,} images')
     elif enough: why = f'no queue: {batch} images a step are enough to share {n_protos:,} prototypes'
     else: why = f'no queue: a quarter of the {n_images:,} images is less than a batch of {batch}'
     r.put('swav', 'K', K or None, why)
     r.put('swav', 'queue_start_pct', 0.25, 'features must settle before the queue is used' if K else 'no queue')
-    r.put('swav', 'freeze_protos_pct', 0.05, 'prototypes stay fixed for the first twentieth of the fit, until the encoder fits them')
+    r.put('swav', 'freeze_protos_pct', 0.05, 'the encoder adapts to fixed prototypes in the first twentieth of the fit')
     return r
 
 def _wanted_protos(n_images, n_classes):

@@ -7,7 +7,6 @@ __all__ = ['SWAV']
 
 # %% ../nbs/21_swav.ipynb #6ef7de58
 import math, warnings
-from functools import partial
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from fastai.callback.hook import total_params
@@ -42,13 +41,14 @@ class SWAV(MultiView):
         eps:float=0.05, # Entropy weight of the codes (Eq. 5), positive
         n_sinkh_iter:int=3, # Sinkhorn iterations, at least 1
         print_augs:bool=False, # Print the pipelines
-        freeze_protos_pct:float|None=None, # Share of the fit in which prototypes stay; None: an epoch, at most half the fit
+        freeze_protos_pct:float|None=None, # Share of the fit with fixed prototypes; None: an epoch, at most half of it
         hard:bool=False # Round the codes (the paper's ablation)
     ):
         super().__init__(aug_pipelines, print_augs)
         ids = list(crop_assgn_ids)
         if not ids or len(set(ids))!=len(ids) or not all(isinstance(i, int) and 0<=i<self.n_views for i in ids):
-            raise ValueError(f"crop_assgn_ids must be different indices of the {self.n_views} crops, at least one, got {ids}")
+            raise ValueError(f"crop_assgn_ids must be different indices of the {self.n_views} crops, at least one, "
+                             f"got {ids}")
         if not (K is None or isinstance(K, int) and K>0):
             raise ValueError(f"K must be a positive whole number, or None for no queue, got {K}")
         if not (isinstance(n_sinkh_iter, int) and n_sinkh_iter>0):
@@ -69,8 +69,9 @@ class SWAV(MultiView):
         assigned = [sizes[i] or 0 for i in self.crop_assgn_ids]
         others = [o or 0 for i,o in enumerate(sizes) if i not in self.crop_assgn_ids]
         if others and 0<min(assigned)<max(others):
-            warnings.warn(f"crop_assgn_ids={self.crop_assgn_ids} gives codes to crops of {min(assigned)} px, while others have "
-                          f"{max(others)} px: codes should come from the largest crops, which aug_pipelines has first", stacklevel=3)
+            warnings.warn(f"crop_assgn_ids={self.crop_assgn_ids} gives codes to crops of {min(assigned)} px, while "
+                          f"others have {max(others)} px: codes should come from the largest crops, which come first",
+                          stacklevel=3)
 
     # before the first step
     def before_fit(self):
@@ -107,30 +108,35 @@ class SWAV(MultiView):
         scores:torch.Tensor # (V,B,K) scores of all crops
     )->torch.Tensor: # (A,B,K) codes of the assigned crops
         "Sinkhorn over each assigned crop's scores, with its queue's where the queue is in use"
-        scores,queue,(B,n_protos) = scores.float(),self.bare_model.queue,scores.shape[1:]
-        # scores are cosines: hence the bound
-        sinkhorn_ = partial(sinkhorn, eps=self.eps, n_iters=self.n_sinkh_iter, hard=self.hard, bound=1., group=self.group)
+        dtype = torch.promote_types(scores.dtype, torch.float32)  # float32, or float64 as the scores
+        scores,queue,(B,n_protos) = scores.to(dtype),self.bare_model.queue,scores.shape[1:]
+        # scores are cosines: hence the bound of 1
+        options = dict(eps=self.eps, n_iters=self.n_sinkh_iter, hard=self.hard, bound=1., group=self.group)
         codes = self._scratch('codes', scores, len(self.crop_assgn_ids), B, n_protos)
         for a,(i,q) in enumerate(zip(self.crop_assgn_ids, codes)):
             if self.uses_queue:
-                past = queue.features[a,share(queue.length, self.group)]  # ranks hold the same queue: its rows count once
-                rows,all_codes = (self._scratch(o, scores, B+len(past), n_protos) for o in ('rows','row_codes'))
+                # ranks hold the same queue: its rows count once
+                past = queue.features[a,share(queue.length, self.group)].to(dtype)
+                rows = self._scratch('rows', scores, B+len(past), n_protos)
+                row_codes = self._scratch('row_codes', scores, B+len(past), n_protos)
                 rows[:B] = scores[i]
-                torch.mm(past, self._weight.detach().T, out=rows[B:])
-                q.copy_(sinkhorn_(rows, out=all_codes)[:B])
-            else: sinkhorn_(scores[i], out=q)
+                torch.mm(past, self._weight.detach().to(dtype).T, out=rows[B:])
+                q.copy_(sinkhorn(rows, out=row_codes, **options)[:B])
+            else: sinkhorn(scores[i], out=q, **options)
         return codes
 
     def _scratch(self, name, like, *shape):
         "A tensor to write into, the last step's where that fits: fresh memory costs more than the arithmetic"
         x = self.scratch.get(name)
-        if x is None or x.shape!=shape or x.device!=like.device: x = self.scratch[name] = like.new_empty(shape)
+        if x is None or (x.shape,x.dtype,x.device)!=(shape,like.dtype,like.device):
+            x = self.scratch[name] = like.new_empty(shape)
         return x
 
     def _enqueue(self, embedding):
         "Enqueue the assigned crops' embeddings, during training only"
         if self.K and self.training and not hasattr(self.learn, 'lr_finder'):
-            self.bare_model.queue.push(embedding[self.crop_assgn_ids].float(), self.group, self.sizes)
+            queue = self.bare_model.queue
+            queue.push(embedding[self.crop_assgn_ids].to(queue.features.dtype), self.group, self.sizes)
 
     def before_step(self):
         if self._step<self._frozen_steps: self._weight.grad = None
@@ -180,8 +186,8 @@ def concerns(self:SWAV, n_images, batch):
     self._check_queue(n_images)
     K,n_protos,texts = self.K or 0,len(self._weight),[]
     if 4*K>n_images:
-        texts.append(f"K={K} is more than a quarter of the {n_images} training images: the queue will hold other crops of "
-                     f"the images that it is compared with. Try K={round_down((n_images-1)//4, batch) or None}")
+        texts.append(f"K={K} is more than a quarter of the {n_images} training images: the queue will hold other crops "
+                     f"of the images that it is compared with. Try K={round_down((n_images-1)//4, batch) or None}")
     if n_protos>4*(batch+K):
         texts.append(f"n_protos={n_protos} is far more than the {batch+K} rows of batch and queue that share them: "
                      f"the loss tends to stay at ln({n_protos}). Try n_protos={2*(batch+K)}")
@@ -314,16 +320,17 @@ def pictures(self:SWAV, sample):
         return self.draw_codes_of(x, f'image {image}', figsize=(4.4,.75*self.n_views+1.1), fig=fig)
     def draw_nearest(fig):
         n,k = min(8, len(self._weight)),min(4, len(sample.images))
-        return draw_prototypes(sample.images, self.proto_scores(sample.features), n, k, sample.note, sample.file_names, fig=fig)
+        scores = self.proto_scores(sample.features)
+        return draw_prototypes(sample.images, scores, n, k, sample.note, sample.file_names, fig=fig)
     return [
         Picture('Codes', draw_first,
             "Crops of one image beside bars for codes and predictions over the prototypes that matter most for it",
-            "Each crop has to predict the codes of the other large crops: orange bars should look like the blue bars of other "
-            "rows. In a model that has learned nothing, all bars are even."),
+            "Each crop has to predict the codes of the other large crops: orange bars should look like the blue bars "
+            "of other rows. In a model that has learned nothing, all bars are even."),
         Picture('Prototypes', draw_nearest,
             "Rows of images nearest to prototypes, the most used and the least used",
-            "A row is a group that the model has found by itself. The same images in every row mean collapse; many prototypes "
-            "at 0 % mean that there are more prototypes than these images fill.")]
+            "A row is a group that the model has found by itself. The same images in every row mean collapse; many "
+            "prototypes at 0 % mean that there are more prototypes than these images fill.")]
 
 # %% ../nbs/21_swav.ipynb #15b120c7
 register_method('swav', SWAV, create_swav_model, get_swav_aug_pipelines, swav_recipe)

@@ -25,7 +25,9 @@ class Constant(nn.Module):
 
 class Tiny(nn.Sequential):
     "An encoder that takes milliseconds"
-    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 def learner(encoder=None, n=400, bs=16, n_protos=20, augs=None, cbs=(), **kwargs):
     learn = small_learner(n=n, bs=bs, n_protos=n_protos, augs=augs or small_augs(**plain), cbs=[*cbs], **kwargs)
@@ -40,12 +42,14 @@ def fit(learn, n_epoch=2, lr=3e-3):
         learn.fit(n_epoch, lr)
     return [str(o.message) for o in told if issubclass(o.category, CollapseWarning)]
 
-# --- told, or not ---------------------------------------------------------------------------------------------------------
+# --- told, or not -----------------------------------------------------------------------------------------------------
 def test_constant_encoder_is_told_once():
     learn = learner(Constant(), cbs=[CollapseMonitor()])
     told = fit(learn, 4, 1e-2)
-    assert len(told)==1 and learn.collapse_monitor.alarms[0][0]<=2*len(learn.dls.train) and len(learn.recorder.values)==4
-    for o in ('every image has got the same code', 'ln(20) = 3.00', 'eps=0.03 (now 0.05)', 'lr=0.001 (now 0.01)', 'freeze_protos_pct=0.5 (now 0.25)', 'for 20 steps'): assert o in told[0], o
+    assert len(told)==1 and len(learn.recorder.values)==4
+    assert learn.collapse_monitor.alarms[0][0]<=2*len(learn.dls.train)
+    for o in ('every image has got the same code', 'ln(20) = 3.00', 'for 20 steps', 'eps=0.03 (now 0.05)',
+              'lr=0.001 (now 0.01)', 'freeze_protos_pct=0.5 (now 0.25)'): assert o in told[0], o
     assert 'n_protos' in told[0] and '(now 20, more than the 16 samples' in told[0] and 'jitter' not in told[0]
     assert len(fit(learn, 2, 1e-2))==1  # another fit, told again
 
@@ -70,14 +74,18 @@ def test_far_too_high_learning_rate_is_told():
 def test_queue_too_large_is_told():
     learn = learner(n=1400, bs=64, n_protos=64, K=1000, queue_start_pct=.2, cbs=[CollapseMonitor()])
     told = fit(learn, 8)
-    assert len(told)==1 and 'The queue is unstable' in told[0] and 'K=280 (now 1000, of 1120 training images)' in told[0] and 'up to 16 steps old' in told[0]
+    assert len(told)==1
+    for o in ('The queue is unstable', 'K=280 (now 1000, of 1120 training images)', 'up to 16 steps old'):
+        assert o in told[0], o
 
-@pytest.mark.parametrize('kwargs,lr', [(dict(), 1e-2), (dict(K=64, queue_start_pct=.25), 1e-2), (dict(n_protos=64), 1e-2), (dict(), 1e-5), (dict(eps=.03), 3e-3)])
+@pytest.mark.parametrize('kwargs,lr', [
+    (dict(), 1e-2), (dict(K=64, queue_start_pct=.25), 1e-2), (dict(n_protos=64), 1e-2), (dict(), 1e-5),
+    (dict(eps=.03), 3e-3)])
 def test_no_false_alarm(kwargs, lr):
     learn = learner(n=700, bs=32, cbs=[CollapseMonitor()], **kwargs)
     assert fit(learn, 5, lr)==[]
 
-# --- what is recorded -----------------------------------------------------------------------------------------------------
+# --- what is recorded -------------------------------------------------------------------------------------------------
 def test_numbers_are_those_of_stats():
     learn,seen,used = learner(n=100, cbs=[CollapseMonitor(every=2)]),[],[]
     class Look(Callback):
@@ -86,8 +94,10 @@ def test_numbers_are_those_of_stats():
             codes,z = self.swav.codes,self.pred[0].detach().unflatten(0, (3,-1))[:2].flatten(0,1)
             used.append(set(codes.argmax(-1).flatten().tolist()))
             means = codes.flatten(0,1).mean(0)
-            seen.append([self.loss.item()/math.log(20), code_entropy(codes).item()/math.log(20), mean_code_entropy(codes).item()/math.log(20),
-                         len(set.union(*used[-5:]))/20, feature_spread(z).item(), (means@self.last).item()*20 if hasattr(self, 'last') else None, 0.])
+            nats = self.loss,code_entropy(codes),mean_code_entropy(codes)
+            overlap = (means@self.last).item()*20 if hasattr(self, 'last') else None
+            in_use = len(set.union(*used[-5:]))/20
+            seen.append([*(o.item()/math.log(20) for o in nats), in_use, feature_spread(z).item(), overlap, 0.])
             self.last,self.z = means,z
     look = Look()
     learn.add_cb(look)
@@ -97,13 +107,16 @@ def test_numbers_are_those_of_stats():
     for i,row in enumerate(seen):
         for n,v in zip(m.history, row):
             # at most 32 codes of 20 prototypes are added, and the overlap is a sum times 20
-            if v is not None: assert m.history[n][i]==pytest.approx(v, abs=rounding(torch.float32, 32+20+4, 20 if n=='code_overlap' else 4)), (n,i)
+            bound = rounding(torch.float32, 32+20+4, 20 if n=='code_overlap' else 4)
+            if v is not None: assert m.history[n][i]==pytest.approx(v, abs=bound), (n,i)
     last = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     for n in columns[:3]+['feature_spread']: assert last[n]==pytest.approx(sum(m.history[n][10:])/5)
-    assert last['proto_usage']==m.history['proto_usage'][-1] and last['effective_rank']==pytest.approx(effective_rank(look.z).item(), rel=rounding(torch.float32))
+    assert last['proto_usage']==m.history['proto_usage'][-1]
+    assert last['effective_rank']==pytest.approx(effective_rank(look.z).item(), rel=rounding(torch.float32))
 
 def test_columns_of_table_and_csv(tmp_path):
-    learn = learner(n=100, cbs=[CollapseMonitor(), CSVLogger(tmp_path/'log.csv')], learner=dict(path=tmp_path, metrics=[]))
+    cbs = [CollapseMonitor(),CSVLogger(tmp_path/'log.csv')]
+    learn = learner(n=100, cbs=cbs, learner=dict(path=tmp_path, metrics=[]))
     fit(learn, 2); fit(learn, 2)
     assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss',*columns,'time']
     rows = list(csv.DictReader((tmp_path/'log.csv').open()))
@@ -116,7 +129,8 @@ def test_tensorboard(tmp_path):
     learn = learner(n=100, cbs=[CollapseMonitor(), TensorBoardCallback(tmp_path, trace_model=False, log_preds=False)])
     fit(learn, 2)
     events = EventAccumulator(str(tmp_path)).Reload()
-    for i,n in enumerate(columns): assert [e.value for e in events.Scalars(n)]==[pytest.approx(v[2+i]) for v in learn.recorder.values]
+    for i,n in enumerate(columns):
+        assert [e.value for e in events.Scalars(n)]==[pytest.approx(v[2+i]) for v in learn.recorder.values]
 
 def test_stays_out_of_the_way(tmp_path):
     "Watching changes no weight; lr_find, validate and get_preds leave the history alone; export works"
@@ -146,17 +160,20 @@ def test_no_look_between_looks(monkeypatch):
     "Reading numbers is what makes a host wait: it happens at looks alone"
     learn,looks = learner(n=400, cbs=[CollapseMonitor(every=7)]),[]
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: looks.append(self.shape) or tolist(self))
+    def watched(x):
+        if type(x) is torch.Tensor: looks.append(tuple(x.shape))  # a subclass comes by once more, as a plain tensor
+        return tolist(x)
+    monkeypatch.setattr(torch.Tensor, 'tolist', watched)
     fit(learn, 1)
-    numbers = 1+len(learn.swav.signs)  # the loss and the signs; a batch of crops reads tables of (n,4)
-    assert [tuple(s) for s in looks if len(s)==2 and s[0]==numbers and s[1]!=4]==[(numbers,7),(numbers,7),(numbers,6)]
+    n = 1+len(learn.swav.signs)  # the loss and the signs; a batch of crops reads tables of (any number,4)
+    assert [s for s in looks if s in ((n,6),(n,7))]==[(n,7),(n,7),(n,6)]
 
 @pytest.mark.parametrize('at', [3, 7, 9, 12])
 def test_goes_on_where_the_fit_does(tmp_path, at):
     "Stopped within an epoch of 5 steps or at its end, and resumed: the same record, the same columns"
     def make(path):
-        learn = learner(n=100, labelled=True, cbs=[CollapseMonitor(every=2), KNNMetric(k=3), ResumeTraining(path, every=100)])
-        return learn
+        cbs = [CollapseMonitor(every=2),KNNMetric(k=3),ResumeTraining(path, every=100)]
+        return learner(n=100, labelled=True, cbs=cbs)
     whole = make(tmp_path/'whole.pth')
     whole.fit(3, 3e-3)
     cut = make(tmp_path/'cut.pth')
@@ -169,7 +186,8 @@ def test_goes_on_where_the_fit_does(tmp_path, at):
     assert len(cut.recorder.losses)==at
     again = make(tmp_path/'cut.pth')
     again.fit(3, 3e-3)
-    assert again.collapse_monitor.history==whole.collapse_monitor.history and len(whole.collapse_monitor.history['code_entropy'])==15
+    assert again.collapse_monitor.history==whole.collapse_monitor.history
+    assert len(whole.collapse_monitor.history['code_entropy'])==15
     assert again.recorder.values==whole.recorder.values and None not in whole.recorder.values[-1]
 
 def test_refused():
@@ -183,9 +201,10 @@ def test_epoch_columns_with_other_metrics():
         def after_train(self): self.epoch_values.update(a=1., b=self.epoch)
     learn = learner(n=100, cbs=[Two(['a','b'])])
     learn.fit(2)
-    assert list(learn.recorder.metric_names[3:5])==['a','b'] and [list(v[2:]) for v in learn.recorder.values]==[[1.,0],[1.,1]]
+    assert list(learn.recorder.metric_names[3:5])==['a','b']
+    assert [list(v[2:]) for v in learn.recorder.values]==[[1.,0],[1.,1]]
 
-# --- another method, which the monitor does not know ------------------------------------------------------------------------
+# --- another method, which the monitor does not know ------------------------------------------------------------------
 class Agree(MultiView):
     "Embeddings of an image's first two crops should point the same way, and nothing keeps all of them apart"
     signs,columns = ('distance','spread'),('distance','last_spread')
@@ -197,7 +216,7 @@ class Agree(MultiView):
         return (1-(a*b).sum(1)).mean()
     def health(self, pred):
         self.seen['n'] = self.seen.get('n', 0)+1
-        return dict(spread=feature_spread(self._pair(pred.__class__(o.detach() for o in pred))), distance=self.learn.loss.detach())
+        return dict(spread=feature_spread(self._pair(pred)), distance=self.learn.loss.detach())
     def epoch_health(self, history): return super().epoch_health(history) | dict(last_spread=history['spread'][-1])
     def judge(self, history, n):
         if max(history['spread'][-n:])<1e-3: return f'All embeddings are the same for {n} steps.'
@@ -212,13 +231,15 @@ def test_another_methods_signs_columns_and_judgment():
     learn = other_method(CollapseMonitor(every=3))
     assert fit(learn, 2)==[]
     m = learn.collapse_monitor
-    assert list(m.history)==['distance','spread'] and len(m.history['spread'])==len(m.losses)==40 and m.history['distance']==m.losses
+    assert list(m.history)==['distance','spread'] and len(m.history['spread'])==len(m.losses)==40
+    assert m.history['distance']==m.losses
     assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','distance','last_spread','time']
     last = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     assert last['distance']==pytest.approx(sum(m.losses[20:])/20) and last['last_spread']==m.history['spread'][-1]
     assert m.verdict()=='Nothing amiss in 40 steps.' and learn.agree.seen=={}
     learn = other_method(CollapseMonitor(stop=True), encoder=Constant())
-    assert fit(learn, 4)==['All embeddings are the same for 20 steps. The fit ends here.'] and learn.collapse_monitor.n_steps==20
+    assert fit(learn, 4)==['All embeddings are the same for 20 steps. The fit ends here.']
+    assert learn.collapse_monitor.n_steps==20
 
 def test_another_method_goes_on_where_the_fit_does(tmp_path):
     def make(path): return other_method(CollapseMonitor(every=7), ResumeTraining(path, every=100))
@@ -233,9 +254,10 @@ def test_another_method_goes_on_where_the_fit_does(tmp_path):
     with pytest.raises(TrainingStopped): cut.fit(2, 3e-3)
     again = make(tmp_path/'cut.pth')
     again.fit(2, 3e-3)
-    assert again.collapse_monitor.history==whole.collapse_monitor.history and again.recorder.values==whole.recorder.values
+    assert again.collapse_monitor.history==whole.collapse_monitor.history
+    assert again.recorder.values==whole.recorder.values
 
-# --- the verdict --------------------------------------------------------------------------------------------------------------
+# --- the verdict ------------------------------------------------------------------------------------------------------
 def test_verdict():
     m = CollapseMonitor()
     assert m.verdict()=='No step was recorded.'
@@ -248,9 +270,9 @@ def test_verdict():
     learn = learner(n=400, cbs=[CollapseMonitor()])
     learn.collapse_monitor.min_patience = 5
     fit(learn, 1, 0.)  # weights that nothing changes: predictions stay confident and wrong
-    assert 'but the loss of the last 20' in learn.collapse_monitor.verdict() and 'ln 20 = 3.00' in learn.collapse_monitor.verdict()
+    for o in ('but the loss of the last 20', 'ln 20 = 3.00'): assert o in learn.collapse_monitor.verdict(), o
 
-# --- several processes ------------------------------------------------------------------------------------------------------
+# --- several processes ------------------------------------------------------------------------------------------------
 def _rank(rank, size):
     learn = _learner([6]*size, rank, cbs=[CollapseMonitor(stop=True, every=3)])
     learn.collapse_monitor.min_patience = 4
