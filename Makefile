@@ -63,4 +63,4 @@ lab: $(VENV)/.installed-dev           ## notebooks in the browser
 	$(BIN)/jupyter lab nbs
 
 clean:                                ## everything that these commands made
-	rm -rf $(VENV) .venv-oldest .venv-newest runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

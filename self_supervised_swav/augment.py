@@ -116,8 +116,8 @@ def get_batch_augs(
     bw_p:float=.2, # Probability of a gray crop
     blur_p:float=.5, # Probability of a blur
     stats:tuple=imagenet_stats, # Mean and standard deviation to normalize with; None for none
-    cuda:bool=None, # Ignored: everything runs on the device of the batch
-    xtra_tfms:list=(), # fastai transforms to add, after the normalization
+    cuda:bool|None=None, # Ignored: everything runs on the device of the batch
+    xtra_tfms:list|tuple=(), # fastai transforms to add, after the normalization
     exact:bool=False # kornia's operations one by one instead of fused?
 )->Pipeline: # Of `split_idx=0`
     "Random crops of a batch: a pipeline that crops, flips, rotates, jitters, blurs and normalizes"
@@ -242,7 +242,7 @@ class MultiCrop:
 
     def decode(self,
         crops:list, # V tensors, as `cut` gives them
-        n:int=None # Only the crops of the first `n` images
+        n:int|None=None # Only the crops of the first `n` images
     )->list: # V plain tensors in [0,1]
         "Crops as pictures, denormalized"
         if len(crops)!=len(self): raise ValueError(f"crops must be {len(self)} tensors, one a pipeline, got {len(crops)}")

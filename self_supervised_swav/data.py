@@ -132,7 +132,7 @@ def swav_dls(
     method:str='crop', # How `Resize` brings images to `size`: 'crop', 'squish' or 'pad'
     check:str='decode', # Look at every file before training: 'decode', 'header' or None
     skip_bad:bool=False, # Leave out files that are not readable images, instead of raising an error?
-    num_workers:int=None, # Processes that load images (default: one for each core, up to 16)
+    num_workers:int|None=None, # Processes that load images (default: one for each core, up to 16)
     device=None, # Device of the batches
     **kwargs, # Passed to `DataBlock.dataloaders`
 ):
@@ -289,8 +289,8 @@ def _fashion_path(path, download):
 
 # %% ../nbs/30_data.ipynb #0191edf6
 def fashion_mnist_dls(
-    n_train:int=None, # Training images, a random part (default: all 60,000)
-    n_valid:int=None, # Validation images, a random part (default: all 10,000)
+    n_train:int|None=None, # Training images, a random part (default: all 60,000)
+    n_valid:int|None=None, # Validation images, a random part (default: all 10,000)
     bs:int=128, # Batch size
     seed:int=42, # Seed of the random parts
     labelled:bool=True, # Batches of images and classes, or of images alone?

@@ -81,7 +81,7 @@ def draw_image(
     title:str='', # Text above
     file=None, # File name, which stands below
     room:float=50, # Points that there are for it
-    color:str=None # Of the title
+    color:str|None=None # Of the title
 ):
     "Draw an image without ticks"
     show_image(drawable(im[None])[0].permute(1,2,0).numpy(), ax=ax, cmap='gray', vmin=0, vmax=1)
@@ -116,7 +116,7 @@ def draw_prototypes(
     k:int=8, # Images of each
     note:str='', # What images they are, for the title
     files=None, # N file names, drawn below the images
-    figsize:tuple=None, # Width and height in inches
+    figsize:tuple|None=None, # Width and height in inches
     fig=None # Figure to draw in (default: a new one)
 )->list: # The axes, row by row
     "The `k` images nearest to each of `n` prototypes"
@@ -152,7 +152,7 @@ def draw_codes(
     assign_ids, # Which crops are assigned
     n_top:int=8, # Prototypes
     note:str='', # What image it is, for the title
-    figsize:tuple=None, # Width and height in inches
+    figsize:tuple|None=None, # Width and height in inches
     fig=None # Figure to draw in (default: a new one)
 )->list: # The axes: crop and bars, row by row
     "How crops of an image are assigned to prototypes, and what each predicts"

@@ -84,7 +84,7 @@ def resize_taps(
     length:Tensor, # Length of each interval, (N,)
     n_out:int, # Pixels of the result
     n_in:int, # Pixels of the input
-    flip:Tensor=None, # Which intervals to mirror, (N,)
+    flip:Tensor|None=None, # Which intervals to mirror, (N,)
     before:int=0, # More rows at the start, a reflection of the result's border
     after:int=0 # and at the end
 )->tuple: # Input pixels and their weights, both (N,before+n_out+after,taps); weights sum to 1
@@ -217,7 +217,7 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         bw_p:float=.2, # Probability of a gray crop
         blur_p:float=.5, # Probability of a blur
         blur_s:tuple=(.1,2.), # Its standard deviation, in pixels of the crop
-        stats:tuple=None, # Mean and standard deviation of each channel, to normalize with
+        stats:tuple|None=None, # Mean and standard deviation of each channel, to normalize with
         same_on_batch:bool=False # All images of a batch get the same parameters?
     ):
         super().__init__(p=1., same_on_batch=same_on_batch)

@@ -76,7 +76,7 @@ def weighted_knn(
     labels, # (N,) their classes, integers from 0
     k:int=20, # Number of neighbours that vote
     temp:float=0.07, # Temperature: a vote weighs exp(similarity/temp)
-    n_classes:int=None, # Number of classes (default: the largest label + 1)
+    n_classes:int|None=None, # Number of classes (default: the largest label + 1)
     chunk:int=4096, # Rows of `features` and of `bank` compared at a time
 ):
     "Votes (n,n_classes) of the `k` nearest neighbours by cosine similarity; rows sum to 1, `argmax(1)` predicts"

@@ -161,13 +161,13 @@ def pretrain_learner(
     dls, # DataLoaders of images, with or without labels
     arch, # Architecture of the encoder: see `create_encoder`; or an encoder
     method:str='swav', # Name of the method
-    encoder:dict=None, # Arguments of `create_encoder`
-    model:dict=None, # Arguments of the function that creates the method's model
-    augs:dict=None, # Arguments of the function that creates the method's pipelines
-    callback:dict=None, # Arguments of the method's callback
-    n_classes:int=None, # How many kinds of images are expected, for the recipe
-    recipe:dict=None, # Settings by the function that takes them, instead of those of the method's recipe
-    bf16:bool=None, # Train in bfloat16 mixed precision; None: where the hardware is fast at it
+    encoder:dict|None=None, # Arguments of `create_encoder`
+    model:dict|None=None, # Arguments of the function that creates the method's model
+    augs:dict|None=None, # Arguments of the function that creates the method's pipelines
+    callback:dict|None=None, # Arguments of the method's callback
+    n_classes:int|None=None, # How many kinds of images are expected, for the recipe
+    recipe:dict|None=None, # Settings by the function that takes them, instead of those of the method's recipe
+    bf16:bool|None=None, # Train in bfloat16 mixed precision; None: where the hardware is fast at it
     cbs=None, # More callbacks
     **kwargs # Any setting of these functions, or of `Learner`, by its name
 )->Learner:
@@ -210,10 +210,10 @@ def pretrain_learner(
 def swav_learner(
     dls, # DataLoaders of images, with or without labels
     arch, # Architecture of the encoder: see `create_encoder`; or an encoder
-    encoder:dict=None, # Arguments of `create_encoder`
-    model:dict=None, # Arguments of `create_swav_model`
-    augs:dict=None, # Arguments of `get_swav_aug_pipelines`
-    swav:dict=None, # Arguments of `SWAV`
+    encoder:dict|None=None, # Arguments of `create_encoder`
+    model:dict|None=None, # Arguments of `create_swav_model`
+    augs:dict|None=None, # Arguments of `get_swav_aug_pipelines`
+    swav:dict|None=None, # Arguments of `SWAV`
     **kwargs
 )->Learner:
     "A `Learner` that pretrains `arch` on the images of `dls` with SwAV"

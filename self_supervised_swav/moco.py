@@ -83,7 +83,7 @@ def create_moco_model(
 
 # %% ../nbs/23_moco.ipynb #dbdafa62
 def get_moco_aug_pipelines(
-    size:int=None, # Height and width of two large crops; instead of `crop_sizes`
+    size:int|None=None, # Height and width of two large crops; instead of `crop_sizes`
     version:int=2, # 1 or 2: the augmentations of which paper
     num_crops:tuple=(2,), # How many crops of each size
     crop_sizes:tuple=(224,), # Their height and width

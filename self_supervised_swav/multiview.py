@@ -30,7 +30,7 @@ class MultiView(Callback):
     # before CastToTensor, which takes off the types by which fastai normalizes; after GradientAccumulation
     order = CastToTensor.order-1
     finite_every = 50  # steps between two looks at the loss where a look would make the host wait for the device
-    signs = ()         # names of the numbers that `health` returns in each step
+    signs:tuple = ()   # names of the numbers that `health` returns in each step
 
     def __init__(self,
         aug_pipelines=None, # Required: one fastai `Pipeline` for each view, with `split_idx=0`
@@ -286,7 +286,7 @@ def _dry_run(self:MultiView, crops):
 @patch
 def show(self:MultiView,
     n:int=1, # Images, a row each
-    figsize:tuple=None, # Width and height in inches
+    figsize:tuple|None=None, # Width and height in inches
     fig=None # Figure to draw in (default: a new one of pyplot's)
 )->list: # The axes, row by row
     "Draw the crops of `n` images, denormalized"

@@ -256,13 +256,13 @@ def _sample_pictures(sample, projection, seed):
 @patch
 def pretrain_report(self:Learner,
     path='report.html', # File to write
-    title:str=None, # Title of the page
+    title:str|None=None, # Title of the page
     labels=None, # None: those of the data, if any; False: none; or one for each image of `dl`'s data set
     dl=None, # Images to draw (default: the training set)
     max_images:int=5000, # Images among which neighbors are searched, at most
     method:str='auto', # Of the map: 'pca', 'umap', or 'auto': UMAP where it is installed
-    notes:dict=None, # More rows of the summary
-    next_steps:list=None, # Pairs of text and command for the end of the page (default: lines of Python)
+    notes:dict|None=None, # More rows of the summary
+    next_steps:list|None=None, # Pairs of text and command for the end of the page (default: lines of Python)
     seed:int=0, # Of the sample and of the crops
     progress:bool=False # Show a progress bar over the images?
 )->Path: # The file

@@ -235,7 +235,7 @@ class ResumeTraining(Callback):
     order,remove_on_fetch = SaveModelCallback.order+100,True  # after all that changes the model at the end of a fit
     def __init__(self,
         path,            # File to write, and to resume from; `.prev`, `.tmp` and `.bad` may appear beside it
-        every:int=None   # Write also in the middle of an epoch, after every so many batches
+        every:int|None=None   # Write also in the middle of an epoch, after every so many batches
     ):
         self.file = Path(path)
         if self.file.is_dir(): raise ValueError(f"path must be a file, got the folder {path}")

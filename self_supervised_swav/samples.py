@@ -66,7 +66,7 @@ def loader_part(
 
 def batch_with(
     dl, # A fastai DataLoader, or another one: of that the first batch is taken
-    image:int=None, # Index into its data set (default: one at random)
+    image:int|None=None, # Index into its data set (default: one at random)
     seed:int=0 # Which images are drawn at random
 )->tuple: # Images (B,C,H,W), and the index of the first one
     "A batch of `dl` without the augmentations of training, with `image` first"

@@ -94,7 +94,7 @@ def create_simclr_model(
 
 # %% ../nbs/22_simclr.ipynb #6c2af234
 def get_simclr_aug_pipelines(
-    size:int=None, # Height and width of two large crops; instead of `crop_sizes`
+    size:int|None=None, # Height and width of two large crops; instead of `crop_sizes`
     num_crops:tuple=(2,), # How many crops of each size
     crop_sizes:tuple=(224,), # Their height and width
     min_scales:tuple=(.08,), # Their smallest area, as a share of the image's

@@ -47,7 +47,7 @@ class ImageSource:
         source, # Folder, searched recursively, or the name of a data set
         valid_pct:float=0.2, # Share of the images held out, where the source does not say which
         seed:int=42, # Which ones
-        n_images:int=None, # Training images, a random part (default: all)
+        n_images:int|None=None, # Training images, a random part (default: all)
         skip_bad:bool=False # Leave out files that are not readable images, instead of raising an error?
     ):
         store_attr()

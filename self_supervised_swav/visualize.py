@@ -29,7 +29,7 @@ def _method_that(learn, can, what):
 def show_prototypes(self:Learner,
     n:int=8, # Prototypes: half of them the most used, half the least used
     k:int=8, # Images of each
-    sample:ImageSample=None, # From `sample_images` (default: a new one)
+    sample:ImageSample|None=None, # From `sample_images` (default: a new one)
     max_images:int=5000, # Images of a new one, at most
     **kwargs
 )->list: # The axes, row by row
@@ -72,11 +72,11 @@ def draw_training(
     losses, # Loss of every step
     smoothed:bool=False, # Are they smoothed, as the Recorder's?
     valid=None, # (steps, validation losses) at the ends of epochs
-    chance:tuple=None, # Loss of predicting nothing, and how to write it: `(4.85, 'ln 128')`
-    signs:dict=None, # What `CollapseMonitor` recorded: by the label of an axis, values of every step by their names
+    chance:tuple|None=None, # Loss of predicting nothing, and how to write it: `(4.85, 'ln 128')`
+    signs:dict|None=None, # What `CollapseMonitor` recorded: by the label of an axis, values of every step by their names
     lrs=None, # Learning rate of every step
-    marks:dict=None, # Steps to mark, by what begins there
-    figsize:tuple=None, # Width and height in inches
+    marks:dict|None=None, # Steps to mark, by what begins there
+    figsize:tuple|None=None, # Width and height in inches
     fig=None # Figure to draw in (default: a new one)
 )->list: # The axes, from the top
     "Loss, signs of collapse and learning rate over the steps of a training"
@@ -128,7 +128,7 @@ def _curves_of(learn):
 
 @patch
 def plot_training(self:Learner,
-    figsize:tuple=None, # Width and height in inches
+    figsize:tuple|None=None, # Width and height in inches
     fig=None # Figure to draw in (default: a new one)
 )->list: # The axes, from the top
     "Plot loss, signs of collapse and learning rate of the last fit"
@@ -180,7 +180,7 @@ def draw_embedding(
     vocab=None, # Names of the labels
     names:tuple=('',''), # Names of the axes
     note:str='', # What images they are, for the title
-    figsize:tuple=None, # Width and height in inches
+    figsize:tuple|None=None, # Width and height in inches
     fig=None # Figure to draw in (default: a new one)
 ): # The axes
     "Points of a map, colored by label"
@@ -205,7 +205,7 @@ def draw_embedding(
 def plot_embedding(self:Learner,
     method:str='auto', # 'pca', 'umap', or 'auto': UMAP where it is installed
     labels=None, # None: those of the data, if any; False: none; True: they must be there; or one for each image of the data set
-    sample:ImageSample=None, # From `sample_images` (default: a new one)
+    sample:ImageSample|None=None, # From `sample_images` (default: a new one)
     max_images:int=5000, # Images of a new one, at most
     **kwargs
 ): # The axes
@@ -226,7 +226,7 @@ def draw_neighbors(
     note:str='', # What images they are, for the title
     query_files=None, # q file names, drawn below the images
     files=None, # n file names
-    figsize:tuple=None, # Width and height in inches
+    figsize:tuple|None=None, # Width and height in inches
     fig=None # Figure to draw in (default: a new one)
 )->list: # The axes, row by row
     "Images and their neighbors, a row each"
@@ -255,7 +255,7 @@ def draw_neighbors(
 def show_neighbors(self:Learner,
     image=0, # Index into the data set of the sample, an image as the data's transforms take it (a file, for instance), or a list of them
     k:int=8, # Neighbors
-    sample:ImageSample=None, # Where to look, from `sample_images` (default: a new one)
+    sample:ImageSample|None=None, # Where to look, from `sample_images` (default: a new one)
     max_images:int=5000, # Images of a new one, at most
     **kwargs
 )->list: # The axes, row by row
@@ -271,7 +271,7 @@ def show_neighbors(self:Learner,
 @patch
 @delegates(draw_codes, but=['note'])
 def show_codes(self:Learner,
-    image:int=None, # Index of a training image (default: one at random)
+    image:int|None=None, # Index of a training image (default: one at random)
     n_top:int=8, # Prototypes
     seed:int=0, # Of crops and batch
     **kwargs

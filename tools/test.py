@@ -3,12 +3,16 @@ import subprocess, sys, time
 import machines
 from runner import Count, close, find_notebooks, notebooks, root, say, tests
 
+usage = 'tests/typed_usage.py'  # calls of the public API with their types
+
 def checks():
-    "The package and README are what the notebooks give, and ruff has no complaint about them"
+    "The package and README are what the notebooks give, and neither ruff nor mypy has a complaint about what they read"
     start = time.time()
     lint = [d for d in ('self_supervised_swav', 'tests', 'tools', 'benchmarks') if (root/d).exists()]
     cmds = {'drift': ['tools/drift.py'], 'ruff': ['-m', 'ruff', 'check', '-q', *lint]}
-    failed = [nm for nm, cmd in cmds.items() if subprocess.run([sys.executable, *cmd], cwd=root).returncode]
+    if (root/usage).exists(): cmds['mypy'] = ['-m', 'mypy', '--no-error-summary', usage]
+    running = {nm: subprocess.Popen([sys.executable, *cmd], cwd=root) for nm, cmd in cmds.items()}
+    failed = [nm for nm, p in running.items() if p.wait()]
     for nm in failed: print(f'FAILED {nm}')
     return say('checks', Count(len(cmds)-len(failed), len(failed)), start)
 
