@@ -41,7 +41,7 @@ class MultiView(Callback):
             raise TypeError(f"aug_pipelines is missing: write cbs=[{name}(augs)], not cbs=[{name}]")
         self.aug_pipelines = MultiCrop(aug_pipelines).pipelines
         self.own_loss_func,self.images,self.sizes = None,None,None
-        self.checked,self.n_shown = False,0
+        self.checked,self.n_shown,self.seen = False,0,{}
         if print_augs and not rank_distrib(): print(*self.aug_pipelines, sep='\n')
 
     @property
