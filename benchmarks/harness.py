@@ -61,7 +61,7 @@ def exponent(sizes, times):
     mx,my = statistics.mean(x),statistics.mean(y)
     return sum((a-mx)*(b-my) for a,b in zip(x,y))/sum((a-mx)**2 for a in x)
 
-# --- memory ------------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 def _peak_rss(): return int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])*1024
 
 def _measure_peak(make, args, send):
@@ -92,7 +92,7 @@ def peak_memory(
     try: return receive.recv()
     finally: p.join()
 
-# --- the table ---------------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 def machine(device):
     "Processor, threads and versions, in one line each"
     info = machine_info(('torch','torchvision','kornia','timm','fastai','lightly'))

@@ -1,5 +1,6 @@
-"""What the features of Fashion-MNIST are worth: raw pixels, an untrained encoder, this package's defaults, lightly's SwAV. Every piece that is done stays in
-`runs/quality` and is not done again: stop it when you like, and start it again. `--quick` on digits in seconds, `--write` keeps the table in README.md."""
+"""What the features of Fashion-MNIST are worth: raw pixels, an untrained encoder, this package's defaults, lightly's
+SwAV. Every piece that is done stays in `runs/quality` and is not done again: stop it when you like, and start it again.
+`--quick` on digits in seconds, `--write` keeps the table in README.md."""
 import argparse, ast, hashlib, importlib.metadata, inspect, json, math, os, statistics, sys, textwrap, time, warnings
 from datetime import date
 from pathlib import Path
@@ -23,13 +24,16 @@ from harness import line, machine
 from self_supervised_swav.augment import get_batch_augs
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.encoders import create_encoder
-from self_supervised_swav.evaluate import extract_features, few_label_learner, few_label_splits, knn_accuracy, linear_probe
+from self_supervised_swav.evaluate import (extract_features, few_label_learner, few_label_splits, knn_accuracy,
+                                           linear_probe)
 from self_supervised_swav.learner import swav_learner
 from self_supervised_swav.evaluate import NoValidation
 
 here = Path(__file__).resolve().parent
-full = dict(data='fashion-mnist', size=28, bs=128, epochs=4, channels=(32,64,128,256), labels=(10,60), tune_epochs=(60,40), threads=2)
-quick = dict(full, data='digits', size=16, bs=32, epochs=1, channels=(4,8,8,16), labels=(2,4), tune_epochs=(1,1), threads=1)
+full = dict(data='fashion-mnist', size=28, bs=128, epochs=4, channels=(32,64,128,256), labels=(10,60),
+            tune_epochs=(60,40), threads=2)
+quick = dict(full, data='digits', size=16, bs=32, epochs=1, channels=(4,8,8,16), labels=(2,4), tune_epochs=(1,1),
+             threads=1)
 arch = dict(layers=(1,1,1,1), zero_init_last=False, small_images=True)
 
 def get_dls(s, seed):
@@ -41,7 +45,7 @@ def new_encoder(s, seed):
     set_seed(seed)
     return create_encoder('resnet18', n_in=1, pretrained=False, channels=s['channels'], **arch)
 
-# --- measuring ---------------------------------------------------------------------------------------------------------------
+# --- measuring --------------------------------------------------------------------------------------------------------
 def quiet(learn):
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
     return learn
@@ -59,7 +63,8 @@ def few_probe(train, valid, seed):
 
 def tuned(encoder, dls, epochs, pretrained, bs=64):
     "Accuracy of an encoder and a new head trained on few labels: head first, then all; all at once from scratch"
-    aug = get_batch_augs(dls.train.one_batch()[0].shape[-1], jitter=False, bw=False, blur=False, resize_scale=(.5,1.), stats=None)
+    aug = get_batch_augs(dls.train.one_batch()[0].shape[-1], jitter=False, bw=False, blur=False, resize_scale=(.5,1.),
+                         stats=None)
     dls.train.after_batch.add(aug[0])
     dls.train.after_batch.split_idx = 0
     learn = quiet(few_label_learner(encoder, dls, pretrained=pretrained, cbs=NoValidation()).to_bf16())
@@ -72,7 +77,7 @@ def accuracy_of(learn):
     with torch.no_grad(): right = [(learn.model(x).argmax(1)==y).float() for x,y in learn.dls.valid]
     return torch.cat(right).mean().item()
 
-# --- the arms ----------------------------------------------------------------------------------------------------------------
+# --- the arms ---------------------------------------------------------------------------------------------------------
 class Watch:
     "Wall and CPU time (of this process and of its workers) of training alone, and the accuracy on the way"
     def __init__(self, encoder, dls): self.encoder,self.dls,self.wall,self.cpu,self.epochs = encoder,dls,0.,0.,[]
@@ -81,7 +86,8 @@ class Watch:
     def stop(self):
         self.wall += time.perf_counter()-self.t
         self.cpu += self.cpu_now()-self.c
-    def measure(self): self.epochs.append(dict(knn=knn_accuracy(*features(self.dls, self.encoder)), wall=self.wall, cpu=self.cpu))
+    def measure(self):
+        self.epochs.append(dict(knn=knn_accuracy(*features(self.dls, self.encoder)), wall=self.wall, cpu=self.cpu))
     def result(self): return dict(epochs=self.epochs, wall=self.wall, cpu=self.cpu)
 
 class EpochWatch(Callback):
@@ -97,13 +103,15 @@ def pretrain_ours(s, seed):
     "`swav_learner` and fastai's usual schedule, nothing chosen by hand"
     dls = get_dls(s, seed)
     set_seed(seed)
-    learn = quiet(swav_learner(dls, 'resnet18', encoder=dict(layers=arch['layers'], channels=s['channels']), cbs=NoValidation()))
+    learn = quiet(swav_learner(dls, 'resnet18', encoder=dict(layers=arch['layers'], channels=s['channels']),
+                               cbs=NoValidation()))
     watch = Watch(learn.model.encoder, dls)
     learn.add_cb(EpochWatch(watch))
     watch.start()
     learn.fit_one_cycle(s['epochs'])
     watch.stop()
-    return learn.model.encoder,watch.result()|dict(loss=learn.collapse_monitor.history['loss/lnK'][-1], recipe=str(learn.recipe))
+    return learn.model.encoder,watch.result()|dict(loss=learn.collapse_monitor.history['loss/lnK'][-1],
+                                                   recipe=str(learn.recipe))
 
 class Crops(Dataset):
     "lightly's crops of one image per item"
@@ -115,8 +123,11 @@ class LightlyModel(nn.Module):
     "SwAV put together as in lightly's example"
     def __init__(self, backbone, width):
         super().__init__()
-        self.backbone,self.projection_head,self.prototypes = backbone,SwaVProjectionHead(width, 512, 128),SwaVPrototypes(128, n_prototypes=512)
-    def forward(self, x): return self.prototypes(F.normalize(self.projection_head(self.backbone(x).flatten(start_dim=1)), dim=1, p=2))
+        self.backbone = backbone
+        self.projection_head = SwaVProjectionHead(width, 512, 128)
+        self.prototypes = SwaVPrototypes(128, n_prototypes=512)
+    def forward(self, x):
+        return self.prototypes(F.normalize(self.projection_head(self.backbone(x).flatten(start_dim=1)), dim=1, p=2))
 
 def pretrain_lightly(s, seed):
     "lightly's example: its crops scaled from 224 and 96 px, 512 prototypes, Adam at 1e-3, two loader processes"
@@ -124,7 +135,8 @@ def pretrain_lightly(s, seed):
     x = dls.train.dataset.x[:,0]
     x = (x if x.dtype==torch.uint8 else (x*255).round().byte()).numpy()
     small = round(s['size']*96/224)
-    loader = DataLoader(Crops(x, SwaVTransform(crop_sizes=(s['size'],small), normalize=None)), batch_size=s['bs'], shuffle=True, drop_last=True, num_workers=2)
+    loader = DataLoader(Crops(x, SwaVTransform(crop_sizes=(s['size'],small), normalize=None)), batch_size=s['bs'],
+                        shuffle=True, drop_last=True, num_workers=2)
     model,criterion = LightlyModel(encoder, s['channels'][-1]),SwaVLoss()
     opt,watch = torch.optim.Adam(model.parameters(), lr=1e-3),Watch(encoder, dls)
     model.train()
@@ -143,14 +155,17 @@ def pretrain_lightly(s, seed):
 
 def untrained(s, seed): return new_encoder(s, seed),dict(wall=0., cpu=0.)
 def pixels(s, seed): return None,dict(wall=0., cpu=0.)
-arms = {'raw pixels': pixels, 'untrained encoder': untrained, 'this package': pretrain_ours, 'lightly': pretrain_lightly}
+arms = {'raw pixels': pixels, 'untrained encoder': untrained, 'this package': pretrain_ours,
+        'lightly': pretrain_lightly}
 
-# --- pieces that are done once -------------------------------------------------------------------------------------------------
+# --- pieces that are done once ----------------------------------------------------------------------------------------
 _ours = 'augment encoders learner losses models multiview optimizer precision queue recipes sinkhorn swav'.split()
-modules = {'raw pixels': ['data'], 'untrained encoder': ['data','encoders'], 'this package': ['data',*_ours], 'lightly': ['data','encoders']}
+modules = {'raw pixels': ['data'], 'untrained encoder': ['data','encoders'], 'this package': ['data',*_ours],
+           'lightly': ['data','encoders']}
 
 # read when they are imported: a file that changes during a run is not what runs
-sources = {o: (Path(self_supervised_swav.__file__).parent/f'{o}.py').read_text() for o in {'evaluate', *sum(modules.values(), [])}}
+sources = {o: (Path(self_supervised_swav.__file__).parent/f'{o}.py').read_text()
+           for o in {'evaluate', *sum(modules.values(), [])}}
 
 def version(*objects):
     "A hash of what functions and modules do: comments and docstrings do not count"
@@ -159,7 +174,8 @@ def version(*objects):
         tree = ast.parse(sources[o] if isinstance(o, str) else textwrap.dedent(inspect.getsource(o)))
         for node in ast.walk(tree):
             body = getattr(node, 'body', None)
-            if isinstance(body, list): node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+            if isinstance(body, list):
+                node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
         h.update(ast.dump(tree).encode())
     return h.hexdigest()[:12]
 
@@ -171,7 +187,8 @@ def piece(out, name, key, f):
     print(f'{name} ...', file=sys.stderr, flush=True)
     start,cpu = time.perf_counter(),sum(os.times()[:4])
     r = dict(f(), key=key)
-    r |= dict(piece_wall=time.perf_counter()-start, piece_cpu=sum(os.times()[:4])-cpu, date=str(date.today()), load=os.getloadavg()[0])
+    r |= dict(piece_wall=time.perf_counter()-start, piece_cpu=sum(os.times()[:4])-cpu, date=str(date.today()),
+              load=os.getloadavg()[0])
     tmp = path.with_suffix('.tmp')
     tmp.write_text(json.dumps(r, indent=1))
     tmp.replace(path)
@@ -186,7 +203,8 @@ def pretrained(out, arm, s, seed, todo=True):
         return r|dict(knn=knn_accuracy(*fs), probe=linear_probe(*fs).top1)
     path = out/f"{arm.replace(' ', '-')}-{seed}.safetensors"
     own = {'this package': [pretrain_ours], 'lightly': [pretrain_lightly,LightlyModel,Crops]}.get(arm, [])
-    key = dict(s, arch=arch, seed=seed, arm=arm, version=version(get_dls, new_encoder, *own, *modules[arm]), torch=torch.__version__, lightly=importlib.metadata.version('lightly'))
+    key = dict(s, arch=arch, seed=seed, arm=arm, version=version(get_dls, new_encoder, *own, *modules[arm]),
+               torch=torch.__version__, lightly=importlib.metadata.version('lightly'))
     return piece(out, f'{arm}-{seed}', key, f if todo else None)
 
 def few_labels(out, arm, s, seed, i, todo=True):
@@ -204,11 +222,12 @@ def few_labels(out, arm, s, seed, i, todo=True):
     key = dict(s, base=base['key'], n=n, version=version(few_probe, tuned, 'evaluate'))
     return piece(out, f'{arm}-{seed}-{n}', key, f if todo else None)
 
-# --- the table -----------------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 def fmt(values, digits=1):
     "Mean and standard deviation of percentages"
     values = [100*v for v in values]
-    return f'{statistics.mean(values):.{digits}f}' + (f' ± {statistics.stdev(values):.{digits}f}' if len(values)>1 else '')
+    return f'{statistics.mean(values):.{digits}f}' + (f' ± {statistics.stdev(values):.{digits}f}' if len(values)>1
+                                                      else '')
 
 def seconds_to(run, knn, key='wall'):
     "Training time after which the accuracy is at least `knn`; None if it never is"
@@ -217,7 +236,8 @@ def seconds_to(run, knn, key='wall'):
 def report(out, s, seeds):
     "The table in Markdown, from the pieces that there are"
     a,b = s['labels']
-    columns = ['features','20-NN','linear probe',*(f'{n} labels a class: {k}' for n in (a,b) for k in ('probe','trained')),'training, wall','CPU','seeds']
+    columns = ['features','20-NN','linear probe',
+               *(f'{n} labels a class: {k}' for n in (a,b) for k in ('probe','trained')),'training, wall','CPU','seeds']
     rows = []
     for arm in arms:
         base = [r for i in range(seeds) if (r := pretrained(out, arm, s, i, todo=False))]
@@ -225,16 +245,21 @@ def report(out, s, seeds):
         few = [[r for i in range(seeds) if (r := few_labels(out, arm, s, i, k, todo=False))] for k in range(2)]
         cells = [fmt([r[k] for r in f]) if f and k in f[0] else '' for f in few for k in ('probe','tuned')]
         times = [f"{statistics.mean(r[k] for r in base):.0f} s" if base[0]['wall'] else '' for k in ('wall','cpu')]
-        rows.append([arm + (', trained: from scratch' if arm=='untrained encoder' else ''), fmt([r['knn'] for r in base]), fmt([r['probe'] for r in base]), *cells, *times, str(len(base))])
+        rows.append([arm + (', trained: from scratch' if arm=='untrained encoder' else ''),
+                     fmt([r['knn'] for r in base]), fmt([r['probe'] for r in base]), *cells, *times, str(len(base))])
     text = '\n'.join([line(columns), line(['---']*len(columns)), *map(line, rows)])
-    pairs = [(o,t) for i in range(seeds) if (o := pretrained(out, 'this package', s, i, todo=False)) and (t := pretrained(out, 'lightly', s, i, todo=False))]
+    pairs = [(o,t) for i in range(seeds) if (o := pretrained(out, 'this package', s, i, todo=False))
+             and (t := pretrained(out, 'lightly', s, i, todo=False))]
     return '\n'.join([text, *([''] if pairs else []), *(race_line(i, o, t) for i,(o,t) in enumerate(pairs))])
 
 def race_line(seed, ours, theirs):
     "When this package's features are as good as lightly's last"
     knn = theirs['knn']
     x = [seconds_to(ours, knn, k) for k in ('wall','cpu')]
-    when = 'is not reached' if x[0] is None else f"is reached after {x[0]:.0f} s of its {theirs['wall']:.0f} s ({x[0]/theirs['wall']:.0%}; CPU time {x[1]/theirs['cpu']:.0%})"
+    when = 'is not reached'
+    if x[0] is not None:
+        when = (f"is reached after {x[0]:.0f} s of its {theirs['wall']:.0f} s ({x[0]/theirs['wall']:.0%}; "
+                f"CPU time {x[1]/theirs['cpu']:.0%})")
     curve = ' '.join(f"{100*e['knn']:.1f}" for e in ours['epochs'])
     return f"- seed {seed}: lightly's last 20-NN accuracy, {knn:.1%}, {when}. After each epoch: {curve}"
 
@@ -264,7 +289,8 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(s['threads'])
     todo = [] if args.table else [(f, arm, seed) for seed in range(args.seeds) for arm in args.only
-                                  for f in (pretrained, *(lambda *a, i=i, **k: few_labels(*a, i, **k) for i in range(2)))]
+                                  for f in (pretrained,
+                                            *(lambda *a, i=i, **k: few_labels(*a, i, **k) for i in range(2)))]
     for f,arm,seed in todo:
         if time.time()-start>60*args.minutes: break
         with warnings.catch_warnings():
@@ -272,7 +298,8 @@ def main(argv=None):
             f(out, arm, s, seed)
     text = report(out, s, args.seeds)
     print(text)
-    if args.write: write(here/'README.md', f"{date.today()}\n\n" + '\n'.join(f'- {o}' for o in machine('cpu')) + f'\n\n{text}')
+    if args.write:
+        write(here/'README.md', f"{date.today()}\n\n" + '\n'.join(f'- {o}' for o in machine('cpu')) + f'\n\n{text}')
     return text
 
 if __name__=='__main__': main()

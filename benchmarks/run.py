@@ -1,4 +1,5 @@
-"""One table: this package beside its peers, in one run on one machine. `--quick` in under three minutes, `--write` keeps it in README.md."""
+"""One table: this package beside its peers, in one run on one machine. `--quick` in under three minutes, `--write`
+keeps it in README.md."""
 import argparse, sys, time
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,8 @@ def crop_rows(bs, sizes, rounds, steps=4, device='cpu'):
     (n,m),(s,t) = sizes['num_crops'],sizes['crop_sizes']
     targets = dict(zip(fs, ('','5x (7x)','2x (3x)',''))) if bs==32 and s==224 else {}
     for k in list(fs)[1:]:
-        yield Row('multi-crop, images/s', f'batch {bs} of 3x256x320, {n}x{s} + {m}x{t}', f"{rates['this package']:.0f}", k, f'{rates[k]:.0f}',
+        yield Row('multi-crop, images/s', f'batch {bs} of 3x256x320, {n}x{s} + {m}x{t}', f"{rates['this package']:.0f}",
+                  k, f'{rates[k]:.0f}',
                   f"{rates['this package']/rates[k]:.1f}x", targets.get(k, ''))
 
 def crop_growth(rounds, sizes=small, bs=8):
@@ -29,20 +31,23 @@ def crop_growth(rounds, sizes=small, bs=8):
         fs = {k: fs[k] for k in ('this package','kornia chain')}
         return {k: n*bs/v for k,v in images_per_second(fs, n*bs, rounds, 2).items()}
     (n,m),(s,t) = sizes['num_crops'],sizes['crop_sizes']
-    yield growth_row('multi-crop', f'batch {bs}..{8*bs}, {n}x{s} + {m}x{t}', [seconds(n) for n in (1,2,4,8)], 'kornia chain')
+    yield growth_row('multi-crop', f'batch {bs}..{8*bs}, {n}x{s} + {m}x{t}', [seconds(n) for n in (1,2,4,8)],
+                     'kornia chain')
 
 def sections(quick, device):
     "Name to a function that measures, and gives rows"
     rounds,d = (3 if quick else 9),dict(device=device)
     s = {'crops': partial(crop_rows, 32, sizes, 2 if quick else 5),
-         'sinkhorn': partial(sinkhorn_rows, ((8,30),(512,3000),(4096,3000)), rounds, **d) if quick else partial(sinkhorn_rows, rounds=rounds, **d),
+         'sinkhorn': partial(sinkhorn_rows, ((8,30),(512,3000),(4096,3000)), rounds, **d) if quick
+         else partial(sinkhorn_rows, rounds=rounds, **d),
          'loss': partial(loss_rows, rounds=rounds, memory=not quick, **d),
          'step': partial(step_rows, rounds=2 if quick else 3, **d, **settings['resnet18'])}
     if quick: return s
     return s|{'small crops': partial(crop_rows, 32, small, 5), 'large batch': partial(crop_rows, 256, sizes, 2, 2),
               'bfloat16': partial(epoch_rows, **d),
               'large step': partial(step_rows, n=1, **d, **settings['resnet50']),
-              'layouts': partial(variant_rows, {'channels_last': dict(cbs=[ChannelsLast]), 'encoder compiled': dict(compiled=True)}, **d, **settings['resnet18']),
+              'layouts': partial(variant_rows, {'channels_last': dict(cbs=[ChannelsLast]),
+                                                'encoder compiled': dict(compiled=True)}, **d, **settings['resnet18']),
               'growth': partial(growth_rows, **d), 'crop growth': partial(crop_growth, 3)}
 
 def main(argv=None):

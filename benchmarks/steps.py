@@ -63,7 +63,8 @@ class Stopwatch:
         encoder.register_forward_hook(hook)
 
 class Watch(NoValidation):
-    "Ends the encoder's share of the backward pass; leaves out the first step of a fit, in which the callback looks at the model"
+    """Ends the encoder's share of the backward pass; leaves out the first step of a fit, in which the callback looks
+    at the model"""
     order = 99
     def __init__(self, watch): self.watch = watch
     def before_train(self):
@@ -76,7 +77,8 @@ extras = ('crops','codes and loss')
 def our_step(arch, bs, num_crops, crop_sizes, images, device='cpu', cbs=(), compiled=False):
     "A function that makes `n` steps of a Learner, and gives the seconds a step and its parts took"
     torch.manual_seed(0)
-    model = create_swav_model(create_encoder(arch, pretrained=False).to(device), hidden_size=hidden, projection_size=dim, n_protos=n_protos)
+    model = create_swav_model(create_encoder(arch, pretrained=False).to(device), hidden_size=hidden,
+                              projection_size=dim, n_protos=n_protos)
     if compiled: model.encoder = torch.compile(model.encoder)
     augs = get_swav_aug_pipelines(num_crops=num_crops, crop_sizes=crop_sizes, **scales)
     dls = tensor_dls(images.repeat(2, 1, 1, 1), bs=bs, splits=(range(bs),range(bs, 2*bs)), device=device)  # one batch
@@ -85,8 +87,10 @@ def our_step(arch, bs, num_crops, crop_sizes, images, device='cpu', cbs=(), comp
     learn.remove_cbs([ProgressCallback,Recorder])
     learn.create_opt()
     watch.watch_backward(model.encoder)
-    for obj,method,name in ((learn,'one_batch','step'), (model.encoder,'forward',needed[0]), (learn.opt,'step',needed[2]), (learn.opt,'zero_grad',needed[2]),
-                            (learn.swav,'cut',extras[0]), (learn.swav,'view_loss',extras[1])): watch.wrap(obj, method, name)
+    for obj,method,name in ((learn,'one_batch','step'), (model.encoder,'forward',needed[0]),
+                            (learn.opt,'step',needed[2]), (learn.opt,'zero_grad',needed[2]),
+                            (learn.swav,'cut',extras[0]),
+                            (learn.swav,'view_loss',extras[1])): watch.wrap(obj, method, name)
     def run(n):
         learn.fit(n+1)
         return {k: v/n for k,v in watch.totals().items()}
@@ -96,8 +100,11 @@ class LightlyModel(nn.Module):
     "SwAV put together as lightly's documentation does"
     def __init__(self, backbone, width):
         super().__init__()
-        self.backbone,self.projection_head,self.prototypes = backbone,SwaVProjectionHead(width, hidden, dim),SwaVPrototypes(dim, n_protos)
-    def forward(self, x): return self.prototypes(F.normalize(self.projection_head(self.backbone(x).flatten(start_dim=1)), dim=1, p=2))
+        self.backbone = backbone
+        self.projection_head = SwaVProjectionHead(width, hidden, dim)
+        self.prototypes = SwaVPrototypes(dim, n_protos)
+    def forward(self, x):
+        return self.prototypes(F.normalize(self.projection_head(self.backbone(x).flatten(start_dim=1)), dim=1, p=2))
 
 def lightly_step(arch, bs, num_crops, crop_sizes, images, device='cpu', workers=2):
     "The same for lightly's modules; its crops come from a loader, or are made once where there are no `workers`"
@@ -105,7 +112,8 @@ def lightly_step(arch, bs, num_crops, crop_sizes, images, device='cpu', workers=
     encoder = create_encoder(arch, pretrained=False)
     model = LightlyModel(encoder, encoder.eval()(torch.zeros(1, 3, 64, 64)).shape[1]).to(device).train()
     criterion,opt = SwaVLoss(),sgd(model.parameters(), lr=lr)
-    tfm = SwaVTransform(crop_counts=num_crops, crop_sizes=crop_sizes, crop_min_scales=scales['min_scales'], crop_max_scales=scales['max_scales'])
+    tfm = SwaVTransform(crop_counts=num_crops, crop_sizes=crop_sizes, crop_min_scales=scales['min_scales'],
+                        crop_max_scales=scales['max_scales'])
     start = loaded(tfm, images, bs, workers)
     crops = None if workers else start()()
     def step(batch):
@@ -128,9 +136,11 @@ def race_steps(runs, rounds, n):
     times = {k: [] for k in runs}
     for _ in range(rounds):
         for k,run in runs.items(): times[k].append(run(n))
-    return {k: sorted(v, key=lambda o: o['step'])[len(v)//2] for k,v in times.items()}  # the median step, with its own parts
+    # the median step, with its own parts
+    return {k: sorted(v, key=lambda o: o['step'])[len(v)//2] for k,v in times.items()}
 
-def _size(arch, bs, num_crops, crop_sizes): return f'{arch}, batch {bs}, ' + ' + '.join(f'{n}x{s}' for n,s in zip(num_crops, crop_sizes))
+def _size(arch, bs, num_crops, crop_sizes):
+    return f'{arch}, batch {bs}, ' + ' + '.join(f'{n}x{s}' for n,s in zip(num_crops, crop_sizes))
 
 def step_rows(rounds=3, n=2, device='cpu', **setting):
     "The step of one of the `settings`, where its time goes, and lightly's"
@@ -143,10 +153,13 @@ def step_rows(rounds=3, n=2, device='cpu', **setting):
     def share(*names): return sum(ours[k] for k in names)/ours['step']
     def listed(names): return ', '.join(f'{k} {share(k):.1%}' for k in names)
     whole = {k: v['step'] for k,v in times.items()}
-    yield Row.of_times('training step, crops included', size, {**whole, 'lightly, 2 workers': whole['with its crops']}, 'lightly, 2 workers')
-    yield Row.of_times('training step, crops given', size, {**whole, 'this package': ours['step']-ours['crops']}, 'lightly')
+    yield Row.of_times('training step, crops included', size, {**whole, 'lightly, 2 workers': whole['with its crops']},
+                       'lightly, 2 workers')
+    yield Row.of_times('training step, crops given', size, {**whole, 'this package': ours['step']-ours['crops']},
+                       'lightly')
     yield Row('share of the step in encoder and optimizer', size, f'{share(*needed):.1%}', listed(needed), '')
-    yield Row('share of the step outside of them', size, f'{1-share(*needed):.1%}', listed(extras), '', '', '15 % (8 %)' if setting['arch']=='resnet18' else '')
+    yield Row('share of the step outside of them', size, f'{1-share(*needed):.1%}', listed(extras), '', '',
+              '15 % (8 %)' if setting['arch']=='resnet18' else '')
 
 def variant_rows(variants, rounds=3, n=2, device='cpu', **setting):
     "The step with other arguments of `our_step`"
@@ -155,13 +168,15 @@ def variant_rows(variants, rounds=3, n=2, device='cpu', **setting):
     times = {k: v['step'] for k,v in race_steps(runs, rounds, n).items()}
     for k in variants: yield Row.of_times(f'training step, {k}', _size(**setting), times, 'without', ours=k)
 
-# --- an epoch in bfloat16 ----------------------------------------------------------------------------------------------------
+# --- an epoch in bfloat16 ---------------------------------------------------------------------------------------------
 def epoch_learner(dls):
     "A small ResNet, as 28 px images want it"
     torch.manual_seed(0)
-    encoder = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, layers=(1,1,1,1), channels=(32,64,128,256))
+    encoder = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, layers=(1,1,1,1),
+                             channels=(32,64,128,256))
     model = create_swav_model(encoder.to(dls.device), hidden_size=512, projection_size=dim, n_protos=256)
-    augs = get_swav_aug_pipelines(num_crops=(2,4), crop_sizes=(28,18), min_scales=(.3,.12), max_scales=(1.,.4), stats=None)
+    augs = get_swav_aug_pipelines(num_crops=(2,4), crop_sizes=(28,18), min_scales=(.3,.12), max_scales=(1.,.4),
+                                  stats=None)
     learn = Learner(dls, model, lr=1e-3, cbs=[SWAV(augs),NoValidation()])
     learn.remove_cbs([ProgressCallback,Recorder])
     return learn

@@ -11,7 +11,8 @@ from self_supervised_swav import cli
 from self_supervised_swav.monitor import CollapseMonitor
 
 def pytest_collection_modifyitems(items):
-    "Shuffle the files, and the tests in each, by the seed SWAV_ORDER; a file's tests stay together because they share fixtures"
+    """Shuffle the files, and the tests in each, by the seed SWAV_ORDER; a file's tests stay together because they
+    share fixtures"""
     if not (seed := os.environ.get('SWAV_ORDER')): return
     rng,files = random.Random(seed),{}
     for item in items: files.setdefault(item.path, []).append(item)

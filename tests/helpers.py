@@ -24,22 +24,28 @@ def digits(n, labelled=False, bs=16, seed=0, n_in=1, **kwargs):
 
 def small_augs(num_crops=(2,1), crop_sizes=(16,10), **kwargs):
     "Pipelines for gray 16 px images"
-    return get_swav_aug_pipelines(num_crops=num_crops, crop_sizes=crop_sizes, min_scales=(.4,.1), max_scales=(1.,.4), stats=None, **kwargs)
+    return get_swav_aug_pipelines(num_crops=num_crops, crop_sizes=crop_sizes, min_scales=(.4,.1), max_scales=(1.,.4),
+                                  stats=None, **kwargs)
 
 def small_encoder(n_in=1):
-    return create_encoder('resnet18', n_in=n_in, pretrained=False, small_images=True, layers=(1,1,1,1), channels=(8,8,16,16))
+    return create_encoder('resnet18', n_in=n_in, pretrained=False, small_images=True, layers=(1,1,1,1),
+                          channels=(8,8,16,16))
 
-def small_learner(n=100, labelled=False, bs=16, augs=None, n_in=1, n_protos=20, seed=0, cbs=(), dls=None, learner={}, **swav_kwargs):
+def small_learner(n=100, labelled=False, bs=16, augs=None, n_in=1, n_protos=20, seed=0, cbs=(), dls=None, learner={},
+                  **swav_kwargs):
     "A Learner with `SWAV`, quiet and seeded"
     seed_all(seed)
     model = create_swav_model(small_encoder(n_in), hidden_size=16, projection_size=8, n_protos=n_protos)
-    learn = Learner(dls or digits(n, labelled, bs, n_in=n_in), model, cbs=[SWAV(augs or small_augs(), **swav_kwargs), *cbs], **learner)
+    learn = Learner(dls or digits(n, labelled, bs, n_in=n_in), model,
+                    cbs=[SWAV(augs or small_augs(), **swav_kwargs), *cbs], **learner)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
     return learn
 
-# every registered method with its own defaults, and more settings of some: what a method has to stand is tested with each
-method_cases = {name: dict(method=name) for name in methods} | {'swav-queue': dict(method='swav', K=24, queue_start_pct=0.)}
+# every registered method with its own defaults, and more settings of some: what a method has to stand is tested with
+# each
+method_cases = {name: dict(method=name)
+                for name in methods} | {'swav-queue': dict(method='swav', K=24, queue_start_pct=0.)}
 
 def method_learner(case, n=100, labelled=False, seed=0, cbs=(), dls=None, monitor=False, **kwargs):
     "A Learner with the method and the settings of a case, quiet, seeded, as fast as possible"
@@ -58,11 +64,12 @@ def method_learner(case, n=100, labelled=False, seed=0, cbs=(), dls=None, monito
     return learn
 
 def rounding(dtype, n=1, size=1.):
-    """How far two results can be apart that differ in rounding alone: each is the outcome of `n` roundings of values up to `size`.
+    """How far two results can be apart that differ in rounding alone: each is the outcome of `n` roundings of values up
+    to `size`.
 
-    A rounding changes a value by at most eps/2 of it, so `n` in a row by at most g = (n*eps/2)/(1-n*eps/2), and two results differ by
-    twice that. A sum or dot product of n terms, added in any order: `n` terms and `size` the sum of their absolute values.
-    """
+    A rounding changes a value by at most eps/2 of it, so `n` in a row by at most g = (n*eps/2)/(1-n*eps/2), and two
+    results differ by twice that. A sum or dot product of n terms, added in any order: `n` terms and `size` the sum of
+    their absolute values. """
     half = n*torch.finfo(dtype).eps/2
     if half>=1: raise ValueError(f"{n} roundings in {dtype} leave no digit that is certain")
     return 2*half/(1-half)*size
@@ -74,4 +81,5 @@ def _pretends_gpu():
     except Exception: return False
     return True
 
-needs_pretended_gpu = pytest.mark.skipif(not _pretends_gpu(), reason='this version of torch cannot pretend that there is a GPU')
+needs_pretended_gpu = pytest.mark.skipif(not _pretends_gpu(),
+                                         reason='this version of torch cannot pretend that there is a GPU')

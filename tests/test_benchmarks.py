@@ -18,7 +18,8 @@ def test_race_alternates_and_gives_seconds_of_one_call(monkeypatch):
     def wait(name, s):
         calls.append(name)
         now[0] += s
-    monkeypatch.setattr(harness, 'time', SimpleNamespace(perf_counter=lambda: now[0]))  # a clock that the load of the machine does not touch
+    # a clock that the load of the machine does not touch
+    monkeypatch.setattr(harness, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
     times = harness.race(dict(a=lambda: wait('a', .02), b=lambda: wait('b', .08)), rounds=3, least=.05)
     assert times==pytest.approx(dict(a=.02, b=.08))
     assert ''.join(calls).endswith('aaabaaabaaab')  # three calls of `a` make the least seconds of a round
@@ -31,7 +32,8 @@ def _fill(n, small=False):
     return lambda: torch.ones((1 if small else n)*2**18).sum()
 
 def test_peak_memory():
-    # a measure that counted the inputs, or the libraries, or nothing, would be 80 MB off; the libraries' own buffers are a few
+    # a measure that counted the inputs, or the libraries, or nothing, would be 80 MB off; the libraries' own buffers
+    # are a few
     assert harness.peak_memory(_fill, 80)/2**20==pytest.approx(80, abs=20)
 
 def test_ratio_says_how_many_times_as_long_the_peer_takes():
@@ -40,7 +42,8 @@ def test_ratio_says_how_many_times_as_long_the_peer_takes():
 
 def test_contestants_compute_the_same():
     fs = kernels.sinkhorn_contestants(40, 20)
-    # exp(score/.05): a rounded argument of up to 20 counts as 20 roundings; then three iterations of sums over 40 rows and 20 columns
+    # exp(score/.05): a rounded argument of up to 20 counts as 20 roundings; then three iterations of sums over 40 rows
+    # and 20 columns
     close = partial(torch.testing.assert_close, atol=rounding(torch.float32, 20+3*(40+20)), rtol=0)
     for k in ('without `out`','lightly'): close(fs['this package'](), fs[k]())
     ours,theirs = (f() for f in kernels.loss_contestants(4, 8, 20).values())
@@ -54,7 +57,8 @@ def test_parts_of_a_step():
     assert 0<sum(v for k,v in times.items() if k!='step')<times['step']
 
 def test_table_and_readme(tmp_path):
-    rows = [*kernels.sinkhorn_rows(((8,30),), 1), *kernels.loss_rows(((3,8,30),), 1), *kernels.growth_rows((16,8), 2, 1), *steps.step_rows(1, 1, **tiny),
+    rows = [*kernels.sinkhorn_rows(((8,30),), 1), *kernels.loss_rows(((3,8,30),), 1),
+            *kernels.growth_rows((16,8), 2, 1), *steps.step_rows(1, 1, **tiny),
             *steps.epoch_rows(8, 4, 1, force=True)]
     lines = harness.table(rows).splitlines()
     assert len(lines)==2+len(rows) and len({len(o) for o in lines})==1
@@ -76,10 +80,13 @@ def quick_run(tmp_path_factory):
 def test_quality_gives_a_table_of_all_arms(quick_run):
     out,text = quick_run
     rows = [o for o in text.splitlines() if o.startswith('|')]
-    assert [r.split('|')[1].strip().split(',')[0] for r in rows[2:]]==list(quality.arms) and len({r.count('|') for r in rows})==1
+    assert [r.split('|')[1].strip().split(',')[0] for r in rows[2:]]==list(quality.arms)
+    assert len({r.count('|') for r in rows})==1
     assert "seed 0: lightly's last 20-NN accuracy" in text
     runs = [json.loads((out/'quick'/f'{a}-0.json').read_text()) for a in ('this-package','lightly')]
-    for r in runs: assert len(r['epochs'])==1 and 0<r['epochs'][0]['wall']<=r['wall']<r['piece_wall'] and r['epochs'][0]['knn']==r['knn']
+    for r in runs:
+        assert len(r['epochs'])==1 and 0<r['epochs'][0]['wall']<=r['wall']<r['piece_wall']
+        assert r['epochs'][0]['knn']==r['knn']
     same = ('epochs','bs','channels','data','seed')
     assert [runs[0]['key'][k] for k in same]==[runs[1]['key'][k] for k in same]
 
@@ -89,11 +96,13 @@ def test_quality_does_nothing_twice_and_again_what_has_changed(quick_run, monkey
     again = ['--quick','--seeds','1','--out',str(out)]
     assert quality.main(again)==text and quality.main([*again,'--table'])==text
     with pytest.raises(TypeError): quality.main([*again,'--epochs','2'])
-    assert quality.main([*again,'--epochs','2','--table']).count('\n')==1   # and what was done with other settings does not count
+    # and what was done with other settings does not count
+    assert quality.main([*again,'--epochs','2','--table']).count('\n')==1
 
 def test_arms_have_the_same_encoder():
     s = quality.quick
-    learn = quality.swav_learner(quality.get_dls(s, 0), 'resnet18', encoder=dict(layers=quality.arch['layers'], channels=s['channels']))
+    learn = quality.swav_learner(quality.get_dls(s, 0), 'resnet18',
+                                 encoder=dict(layers=quality.arch['layers'], channels=s['channels']))
     assert str(learn.model.encoder)==str(quality.new_encoder(s, 0))
     assert sum(p.numel() for p in quality.new_encoder(quality.full, 0).parameters())<2e6
 
@@ -112,8 +121,10 @@ def test_quality_table_goes_between_its_markers(tmp_path):
     readme.write_text((folder/'README.md').read_text())
     for o in ('one','two'): quality.write(readme, o)
     text,before = readme.read_text(),(folder/'README.md').read_text()
-    assert 'two' in text.split(quality.begin)[1].split(quality.end)[0] and text.count(quality.begin)==text.count(quality.end)==1
-    assert text.split(quality.begin)[0]==before.split(quality.begin)[0] and text.split(quality.end)[1]==before.split(quality.end)[1]
+    assert 'two' in text.split(quality.begin)[1].split(quality.end)[0]
+    assert text.count(quality.begin)==text.count(quality.end)==1
+    assert text.split(quality.begin)[0]==before.split(quality.begin)[0]
+    assert text.split(quality.end)[1]==before.split(quality.end)[1]
 
 def test_collapse_tells_runs_that_learn_from_those_that_do_not():
     r = dict(alarms=0, last=.8, untrained=.7, trained=.75)

@@ -32,7 +32,8 @@ def wrong_imports(source, numbers):
             if numbers.get(rest.split('.')[0], 99) >= num: res.append(name)
         elif floor(num) == 0:
             if root != 'torch' and root not in sys.stdlib_module_names: res.append(name)
-        elif floor(num) == 1 and re.match(r'fastai\.(callback|learner|distributed|vision\.all|basics)\b', name): res.append(name)
+        elif floor(num) == 1 and re.match(r'fastai\.(callback|learner|distributed|vision\.all|basics)\b', name):
+            res.append(name)
     return res
 
 def test_modules_found(): assert 'sinkhorn' in mods, f'no compiled modules in {pkg}'

@@ -15,12 +15,14 @@ def write_nb(path, cells):
     "A notebook of `cells`: strings of code, or tuples of a cell type, its source and its outputs"
     cells = [('code', c, []) if isinstance(c, str) else c for c in cells]
     path.write_text(json.dumps(dict(metadata={}, nbformat=4, nbformat_minor=5, cells=[
-        dict(cell_type=t, id=f'c{i}', metadata={}, source=s, **(dict(execution_count=None, outputs=o) if t == 'code' else {}))
+        dict(cell_type=t, id=f'c{i}', metadata={}, source=s,
+             **(dict(execution_count=None, outputs=o) if t == 'code' else {}))
         for i, (t, s, o) in enumerate(cells)]), indent=1, sort_keys=True)+'\n')
 
 def run(project, *cmd):
     env = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST')}
-    return subprocess.run([sys.executable, *cmd], cwd=project, env={**env, 'PYTHONPATH': str(project)}, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *cmd], cwd=project, env={**env, 'PYTHONPATH': str(project)},
+                          capture_output=True, text=True)
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
@@ -33,10 +35,12 @@ def project(tmp_path_factory):
     (path/'tests'/'test_mod.py').write_text(numeric_test)
     write_nb(path/'nbs'/'00_mod.ipynb', [*nb_head, 'assert double(2) == 4'])
     write_nb(path/'nbs'/'index.ipynb', [('markdown', '# Title\n\nAbout `double` and `Learner`', []), '#| hide\n1', (
-        'code', '#| eval: false\ndouble(2)', [dict(output_type='display_data', metadata={}, data={'image/png': png, 'text/plain': 'fig'}),
+        'code', '#| eval: false\ndouble(2)',
+        [dict(output_type='display_data', metadata={}, data={'image/png': png, 'text/plain': 'fig'}),
                                              dict(output_type='stream', name='stdout', text='four\n'),
                                              dict(output_type='stream', name='stderr', text='a warning\n')])])
-    made = run(path, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()\nfrom nbdev.clean import nbdev_clean; nbdev_clean()')
+    made = run(path, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()\n'
+                           'from nbdev.clean import nbdev_clean; nbdev_clean()')
     assert made.returncode == 0, made.stderr
     assert run(path, 'tools/readme.py').returncode == 0
     return path
@@ -49,7 +53,9 @@ def test_readme(project):
 
 def test_drift(project):
     assert run(project, 'tools/drift.py').returncode == 0
-    mod, old, pic = project/'self_supervised_swav'/'mod.py', project/'self_supervised_swav'/'old.py', project/'docs/images/index_2.png'
+    mod = project/'self_supervised_swav'/'mod.py'
+    old = project/'self_supervised_swav'/'old.py'
+    pic = project/'docs/images/index_2.png'
     source = mod.read_text()
     try:
         mod.write_text(source.replace('2*x', '3*x'))
@@ -67,23 +73,27 @@ def test_runner(project):
     lines = res.stdout.splitlines()
     # 2 checks, 2 notebooks, 2 tests, and the latter as two other machines run them
     assert res.returncode == 0 and lines[-1] == '10 passed, 0 failed, 0 skipped', res.stdout+res.stderr
-    for s in ('notebooks: 2 passed, 0 failed', 'tests: 2 passed, 0 failed', *(f'machines: {k}: 2 passed, 0 failed' for k in ('old processor', 'AVX2, two threads'))):
+    for s in ('notebooks: 2 passed, 0 failed', 'tests: 2 passed, 0 failed',
+              *(f'machines: {k}: 2 passed, 0 failed' for k in ('old processor', 'AVX2, two threads'))):
         assert any(l.startswith(s) for l in lines), s
 
 def test_runner_fails(project):
     "Everything fails at once, and each failure is found, named and counted"
-    bad = project/'nbs'/'02_bad.ipynb', project/'nbs'/'03_syntax.ipynb', project/'tests'/'test_bad.py', project/'tools'/'bad.py'
+    bad = [project/o for o in ('nbs/02_bad.ipynb', 'nbs/03_syntax.ipynb', 'tests/test_bad.py', 'tools/bad.py')]
     try:
         write_nb(bad[0], ['#| slow\nraise Exception', 'assert 1 == 2'])
         write_nb(bad[1], ['{'])
-        bad[2].write_text('import pytest\ndef test_b(): assert 1 == 2\n@pytest.mark.skip\ndef test_c(): pass\n@pytest.mark.skip(reason="no camera")\ndef test_d(): pass\n')
+        bad[2].write_text('import pytest\ndef test_b(): assert 1 == 2\n@pytest.mark.skip\ndef test_c(): pass\n'
+                          '@pytest.mark.skip(reason="no camera")\ndef test_d(): pass\n')
         bad[3].write_text('import os\n')   # ruff: an import that nobody uses
         (project/'README.md').write_text('edited by hand')
         res = run(project, 'tools/test.py')
         assert res.returncode == 1 and res.stdout.splitlines()[-3:] == [
-            '1 skipped: no camera', '1 skipped: unconditional skip', '8 passed, 5 failed, 2 skipped'], res.stdout+res.stderr
+            '1 skipped: no camera', '1 skipped: unconditional skip',
+            '8 passed, 5 failed, 2 skipped'], res.stdout+res.stderr
         for s in ('FAILED drift', 'README.md', 'FAILED ruff', 'checks: 0 passed, 2 failed', 'FAILED nbs/02_bad.ipynb',
-                  'FAILED nbs/03_syntax.ipynb', 'notebooks: 2 passed, 2 failed', 'test_bad.py::test_b', 'tests: 2 passed, 1 failed, 2 skipped'):
+                  'FAILED nbs/03_syntax.ipynb', 'notebooks: 2 passed, 2 failed', 'test_bad.py::test_b',
+                  'tests: 2 passed, 1 failed, 2 skipped'):
             assert s in res.stdout, s
     finally:
         for p in bad: p.unlink(missing_ok=True)
@@ -100,7 +110,8 @@ def test_machines(project):
     "Each setting reaches the tests; where one fails, it is named, and what the tests said is shown"
     numeric = project/'tests'/'test_mod.py'
     try:
-        numeric.write_text(f"import os\n{numeric_test}def test_setting(): assert os.environ['OMP_NUM_THREADS'] != '4'\n")
+        numeric.write_text(f'import os\n{numeric_test}'
+                           "def test_setting(): assert os.environ['OMP_NUM_THREADS'] != '4'\n")
         res = run(project, 'tools/machines.py', 'thread')
         assert [l.split(' in ')[0] for l in res.stdout.splitlines() if l.startswith('machines: ')] == [
             'machines: 1 thread: 3 passed, 0 failed, 0 skipped', 'machines: 2 threads: 3 passed, 0 failed, 0 skipped',
@@ -115,7 +126,8 @@ sandbox.enter()
 for host in ('localhost', '127.0.0.1', socket.gethostname()): socket.getaddrinfo(host, 80)
 with socket.create_server(('localhost', 0)) as server: socket.create_connection(server.getsockname()).close()
 for ask in (lambda: socket.create_connection(('example.com', 80)), lambda: socket.create_connection(('192.0.2.1', 80)),
-            lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('192.0.2.1', 53)), lambda: os.listdir('/sys/devices/system/cpu')):
+            lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('192.0.2.1', 53)),
+            lambda: os.listdir('/sys/devices/system/cpu')):
     try: ask()
     except OSError as e: print(type(e).__name__, e)
 import torch
@@ -128,7 +140,8 @@ def test_sandbox(monkeypatch):
     res = run(root, '-c', sandbox_probe)
     assert [o.split(':')[0] for o in res.stdout.splitlines()] == [
         "OSError socket.getaddrinfo to 'example.com'", "OSError socket.getaddrinfo to '192.0.2.1'",
-        "OSError socket.sendto to ('192.0.2.1', 53)", 'PermissionError /sys/devices/system/cpu', '3 False False'], res.stdout+res.stderr
+        "OSError socket.sendto to ('192.0.2.1', 53)", 'PermissionError /sys/devices/system/cpu',
+        '3 False False'], res.stdout+res.stderr
     monkeypatch.setenv('SWAV_PRETEND', 'legs')
     res = run(root, '-c', sandbox_probe)
     assert 'ValueError: SWAV_PRETEND must name some of caches, bfloat16, got legs' in res.stderr
@@ -143,7 +156,8 @@ def test_network_is_closed_here():
 def test_progress_bars_as_a_terminal_shows_them(project):
     nb = project/'nbs'/'04_bar.ipynb'
     try:
-        write_nb(nb, ["print('epoch\\n[#   ]\\r[##  ]\\r0  0.5\\r')", "print('\\r  \\r', end='')", "print('in /home/me/site-packages/a/b.py:1')"])
+        write_nb(nb, ["print('epoch\\n[#   ]\\r[##  ]\\r0  0.5\\r')", "print('\\r  \\r', end='')",
+                      "print('in /home/me/site-packages/a/b.py:1')"])
         assert run(project, 'tools/run_nb.py', str(nb)).returncode == 0
         outs = [c['outputs'] for c in json.loads(nb.read_text())['cells']]
         assert [''.join(o['text']) for o in outs[0]] == ['epoch\n0  0.5\n'] and outs[1] == []

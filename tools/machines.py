@@ -1,7 +1,8 @@
-"""The numeric tests and the notebooks that train, as other machines would run them: `python tools/machines.py [words that name settings]`
+"""The numeric tests and the notebooks that train, as other machines would run them: `python tools/machines.py [words
+that name settings]`
 
-Each setting makes torch and its libraries compute in another order, with other instructions, or with less knowledge of the processor. A bound that only holds
-in one of them is what one machine happened to give."""
+Each setting makes torch and its libraries compute in another order, with other instructions, or with less knowledge of
+the processor. A bound that only holds in one of them is what one machine happened to give."""
 import os, re, subprocess, sys, time
 from runner import Count, close, find_notebooks, notebooks, root, say, tests
 
@@ -21,15 +22,19 @@ settings = {
 
 # the same in two runs, for `make test`: an old processor, and a new one with two threads
 short_settings = {
-    'old processor': dict(ATEN_CPU_CAPABILITY='default', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE', SWAV_PRETEND='caches,bfloat16', SWAV_ORDER='1'),
-    'AVX2, two threads': dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX512_CORE', OMP_NUM_THREADS='2', SWAV_ORDER='2'),
+    'old processor': dict(ATEN_CPU_CAPABILITY='default', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE',
+                          SWAV_PRETEND='caches,bfloat16', SWAV_ORDER='1'),
+    'AVX2, two threads': dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX512_CORE', OMP_NUM_THREADS='2',
+                              SWAV_ORDER='2'),
 }
 
-def training_notebooks(): return [p for p in find_notebooks() if re.search(r'\.(fit|fit_\w+|fine_tune)\(', p.read_text(encoding='utf-8'))]
+def training_notebooks():
+    return [p for p in find_notebooks() if re.search(r'\.(fit|fit_\w+|fine_tune)\(', p.read_text(encoding='utf-8'))]
 
 def numeric_tests(short=False):
     "Files of tests that compare numbers; `short`: those of the mathematics alone, floor 0"
-    found = [p for p in sorted((root/'tests').glob('test_*.py')) if re.search(r'assert_close|allclose|approx\(|losses|accuracy', p.read_text(encoding='utf-8'))]
+    found = [p for p in sorted((root/'tests').glob('test_*.py'))
+             if re.search(r'assert_close|allclose|approx\(|losses|accuracy', p.read_text(encoding='utf-8'))]
     if short: return [p for p in found if [*(root/'nbs').glob(f'0[0-8]_{p.stem.removeprefix("test_")}.ipynb')]]
     return [p for p in found if p.stem not in ('test_tools', 'test_benchmarks')]  # about the tools, about time
 

@@ -8,7 +8,8 @@ root = Path(__file__).resolve().parent.parent
 images = Path('docs')/'images'
 
 def linker():
-    "A lookup that links names in backticks: the package's own to the notebooks they are explained in, fastai's to its documentation"
+    """A lookup that links names in backticks: the package's own to the notebooks they are explained in, fastai's to
+    its documentation"""
     from nbdev.doclinks import NbdevLookup
     idx = root/'self_supervised_swav'/'_modidx.py'
     syms = ast.literal_eval(idx.read_text().split('d = ', 1)[1])['syms'] if idx.exists() else {}
@@ -38,13 +39,16 @@ def render(path):
         pics[fn] = b64decode(b64)
         return fn.as_posix()
     for cell in read_nb(path).cells:
-        flags, src = set(re.findall(r'^#\|\s*(.+?)\s*$', cell.source, re.M)), re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
+        flags = set(re.findall(r'^#\|\s*(.+?)\s*$', cell.source, re.M))
+        src = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
         if 'hide' in flags: continue
-        alt = next((o.partition(':')[2].strip() for o in flags if o.startswith('fig-alt:')), '')  # what a picture shows, for those who cannot see it
+        # what a picture shows, for those who cannot see it
+        alt = next((o.partition(':')[2].strip() for o in flags if o.startswith('fig-alt:')), '')
         if cell.cell_type == 'markdown': parts.append(lookup.linkify(src))
         if cell.cell_type == 'code':
             if src and 'echo: false' not in flags: parts.append(fence(src, 'python'))
-            if 'output: false' not in flags: parts += [render_output(o, add_image, alt) for o in cell.get('outputs', [])]
+            if 'output: false' not in flags:
+                parts += [render_output(o, add_image, alt) for o in cell.get('outputs', [])]
     head = f'<!-- made from {path.relative_to(root).as_posix()} by tools/readme.py: edit that -->\n\n'
     return head + '\n\n'.join(filter(None, parts)) + '\n', pics
 

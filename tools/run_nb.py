@@ -1,4 +1,5 @@
-"Run notebooks and keep their outputs, progress bars as a terminal shows them in the end: `python tools/run_nb.py [--slow] nbs/index.ipynb ...`"
+"""Run notebooks and keep their outputs, progress bars as a terminal shows them in the end: `python tools/run_nb.py
+[--slow] nbs/index.ipynb ...`"""
 import os, re, sys, warnings
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 warnings.filterwarnings('ignore', '`torch.jit', FutureWarning)  # on import of kornia: not the reader's concern
@@ -8,7 +9,8 @@ root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 
 def as_shown(text):
-    "What a terminal shows of `text`: a carriage return goes back to the start of the line, and what follows overwrites it; paths of packages are short"
+    """What a terminal shows of `text`: a carriage return goes back to the start of the line, and what follows
+    overwrites it; paths of packages are short"""
     lines = []
     for line in text.split('\n'):
         shown = ''
@@ -36,4 +38,5 @@ def run(path, slow=False):
     nbdev_clean(str(path))
     return True
 
-if __name__ == '__main__': sys.exit(not all([run(Path(p).resolve(), '--slow' in sys.argv) for p in sys.argv[1:] if p != '--slow']))
+if __name__ == '__main__':
+    sys.exit(not all([run(Path(p).resolve(), '--slow' in sys.argv) for p in sys.argv[1:] if p != '--slow']))

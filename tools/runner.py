@@ -1,4 +1,5 @@
-"Run notebooks and tests, and count what passed, what failed, and why how much was skipped: `python tools/runner.py [arguments of pytest]`"
+"""Run notebooks and tests, and count what passed, what failed, and why how much was skipped: `python tools/runner.py
+[arguments of pytest]`"""
 import json, os, subprocess, sys, tempfile, time
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two workers of one thread each: before torch is imported
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -35,9 +36,11 @@ def show_slowest(times):
     for name, secs in sorted(times, key=lambda o: -o[1])[:n_slowest]: print(f'  {secs:6.1f} s  {name}')
 
 def find_notebooks(words=()):
-    "Notebooks under nbs/ with one of `words` in their names, the long ones first, so that no worker is left alone with one at the end"
+    """Notebooks under nbs/ with one of `words` in their names, the long ones first, so that no worker is left alone
+    with one at the end"""
     nbs = [p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts)]
-    return sorted((p for p in nbs if not words or any(w in p.name for w in words)), key=lambda p: (-p.stat().st_size, p.name))
+    return sorted((p for p in nbs if not words or any(w in p.name for w in words)),
+                  key=lambda p: (-p.stat().st_size, p.name))
 
 def run_notebook(path, **kwargs):
     "Run one notebook without a network: did it pass, in how many seconds, and what else there is to say"
@@ -54,7 +57,8 @@ def notebooks(nbs):
     from nbdev.config import get_config
     start, flags = time.time(), get_config(root).tst_flags
     if isinstance(flags, str): flags = flags.split()
-    results = list(parallel(run_notebook, nbs, skip_flags=flags, n_workers=min(n_workers(), len(nbs)), return_exceptions=True)) if nbs else []
+    results = list(parallel(run_notebook, nbs, skip_flags=flags, n_workers=min(n_workers(), len(nbs)),
+                            return_exceptions=True)) if nbs else []
     # an exception is no result of the notebook's cells: it could not be read, or its process died
     results = [(False, 0., repr(r)) if isinstance(r, BaseException) else r for r in results]
     show_slowest((p.relative_to(root), secs) for p, (_, secs, _) in zip(nbs, results))
@@ -74,8 +78,10 @@ def tests(*args, may_be_none=False):
     start = time.time()
     with tempfile.TemporaryDirectory() as tmp:
         xml = Path(tmp)/'tests.xml'
-        how = ['-q', '-rfE', '--tb=short', '--disable-warnings', f'-n{n_workers()}', '--dist=worksteal', f'--durations={n_slowest}', '--durations-min=1']
-        ret = subprocess.run([sys.executable, '-m', 'pytest', *how, '-m', 'not slow', f'--junitxml={xml}', *(args or ['tests'])], cwd=root).returncode
+        how = ['-q', '-rfE', '--tb=short', '--disable-warnings', f'-n{n_workers()}', '--dist=worksteal',
+               f'--durations={n_slowest}', '--durations-min=1']
+        ret = subprocess.run([sys.executable, '-m', 'pytest', *how, '-m', 'not slow', f'--junitxml={xml}',
+                              *(args or ['tests'])], cwd=root).returncode
         count = read_counts(xml) if xml.exists() else Count()
     if ret == 5 and may_be_none: ret = 0
     if ret and not count.failed: count += Count(failed=1)  # no test found, or pytest itself came to nothing

@@ -1,10 +1,13 @@
-"""What tests and notebooks run in: a process without a network and, where SWAV_PRETEND asks for it, on a processor that lacks something.
+"""What tests and notebooks run in: a process without a network and, where SWAV_PRETEND asks for it, on a processor that
+lacks something.
 
-`SWAV_PRETEND` holds names of `lacks`, separated by commas. Nothing here can be undone: a process that has entered stays inside."""
+`SWAV_PRETEND` holds names of `lacks`, separated by commas. Nothing here can be undone: a process that has entered stays
+inside."""
 import os, socket, sys
 
-# --- no network ----------------------------------------------------------------------------------------------------------------
-_host_at = {'socket.connect': 1, 'socket.sendto': 1, 'socket.sendmsg': 1, 'socket.getaddrinfo': 0, 'socket.gethostbyname': 0}
+# --- no network -------------------------------------------------------------------------------------------------------
+_host_at = {'socket.connect': 1, 'socket.sendto': 1, 'socket.sendmsg': 1, 'socket.getaddrinfo': 0,
+            'socket.gethostbyname': 0}
 attempts = []  # (event, host) of everything refused, because libraries catch the error and go on without the network
 
 def is_local(address):
@@ -16,11 +19,12 @@ def is_local(address):
 def _refuse_network(event, args):
     if event not in _host_at: return
     address = args[_host_at[event]]
-    if is_local(address) or getattr(args[0], 'family', None) not in (None, socket.AF_INET, socket.AF_INET6): return  # Unix sockets
+    is_unix_socket = getattr(args[0], 'family', None) not in (None, socket.AF_INET, socket.AF_INET6)
+    if is_local(address) or is_unix_socket: return
     attempts.append((event, address))
     raise OSError(f'{event} to {address!r}: tests and notebooks have no network')
 
-# --- another processor ---------------------------------------------------------------------------------------------------------
+# --- another processor ------------------------------------------------------------------------------------------------
 def _refuse_caches(event, args):
     "As in a container that hides the description of the processor"
     if event in ('open', 'os.listdir', 'os.scandir') and str(args[0]).startswith('/sys/devices/system/cpu'):
@@ -30,7 +34,8 @@ def _hide_caches(): sys.addaudithook(_refuse_caches)
 
 def _lack_bfloat16():
     import torch
-    for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported', '_is_amx_fp16_supported'): setattr(torch.cpu, name, lambda: False)
+    for name in ('_is_amx_tile_supported', '_is_avx512_bf16_supported', '_is_amx_fp16_supported'):
+        setattr(torch.cpu, name, lambda: False)
 
 lacks = dict(caches=_hide_caches, bfloat16=_lack_bfloat16)
 
@@ -41,6 +46,7 @@ def enter(
     if getattr(sys, '_swav_sandbox', False): return
     sys._swav_sandbox = True
     names = os.environ.get('SWAV_PRETEND', '').split(',') if pretend is None else pretend
-    if unknown := set(filter(None, names))-set(lacks): raise ValueError(f"SWAV_PRETEND must name some of {', '.join(lacks)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(filter(None, names))-set(lacks):
+        raise ValueError(f"SWAV_PRETEND must name some of {', '.join(lacks)}, got {', '.join(sorted(unknown))}")
     sys.addaudithook(_refuse_network)
     for name in filter(None, names): lacks[name]()

@@ -1,4 +1,5 @@
-"Run every check of the project, whatever fails on the way, and count: `python tools/test.py [words that name notebooks or tests]`"
+"""Run every check of the project, whatever fails on the way, and count: `python tools/test.py [words that name
+notebooks or tests]`"""
 import subprocess, sys, time
 import machines
 from runner import Count, close, find_notebooks, notebooks, root, say, tests

@@ -1,14 +1,20 @@
-"""Run the tests with other versions of Python and of what the package needs: `python tools/versions.py oldest|newest [arguments of pytest]`
+"""Run the tests with other versions of Python and of what the package needs: `python tools/versions.py oldest|newest
+[arguments of pytest]`
 
-`oldest` installs exactly the versions that settings.ini gives as the lowest, on the lowest Python; `newest` the newest of everything, on the newest Python.
-Each has an environment of its own, `.venv-oldest` and `.venv-newest`, which is made again when settings.ini changes (`newest`: when it is deleted)."""
+`oldest` installs exactly the versions that settings.ini gives as the lowest, on the lowest Python; `newest` the newest
+of everything, on the newest Python. Each has an environment of its own, `.venv-oldest` and `.venv-newest`, which is
+made again when settings.ini changes (`newest`: when it is deleted)."""
 import os, re, shutil, subprocess, sys, time
 from configparser import ConfigParser
 from pathlib import Path
 from runner import root
 
 newest_python = '3.13'
-not_here = ('test_tools.py', 'test_benchmarks.py')  # they need the tools of development, and no version of anything else
+# they need the tools of development, and no version of anything else
+say_versions = """import sys
+from importlib.metadata import version
+print('Python', sys.version.split()[0], *(f'{o} {version(o)}' for o in sys.argv[1:]), sep='  ')"""
+not_here = ('test_tools.py', 'test_benchmarks.py')
 
 def read_settings():
     ini = ConfigParser()
@@ -18,7 +24,8 @@ def read_settings():
 def lowest(requirements):
     "Exact versions of requirements written as `name>=version`"
     unbounded = [o for o in requirements if not re.fullmatch(r'[\w-]+>=[\w.]+', o)]
-    if unbounded: raise ValueError(f"requirements in settings.ini must be written name>=version, got {', '.join(unbounded)}")
+    if unbounded:
+        raise ValueError(f"requirements in settings.ini must be written name>=version, got {', '.join(unbounded)}")
     return [o.replace('>=', '==') for o in requirements]
 
 def find_python(version):
@@ -42,15 +49,15 @@ def environment(which):
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([find_python(version), '-m', 'venv', folder], check=True)
     python = folder/'bin'/'python'
-    for args in (['-U', 'pip'], ['-U', *want], ['--no-deps', '-e', str(root)]): subprocess.run([python, '-m', 'pip', 'install', '-q', *args], check=True)
+    for args in (['-U', 'pip'], ['-U', *want], ['--no-deps', '-e', str(root)]):
+        subprocess.run([python, '-m', 'pip', 'install', '-q', *args], check=True)
     done.write_text(text)
     return python
 
 def main(which, *args):
     start, python = time.time(), environment(which)
     names = re.findall(r'[\w-]+', re.sub(r'>=[\w.]+', '', read_settings()['requirements']))
-    code = "import sys; from importlib.metadata import version; print('Python', sys.version.split()[0], *(f'{o} {version(o)}' for o in sys.argv[1:]), sep='  ')"
-    subprocess.run([python, '-c', code, *names], check=True)
+    subprocess.run([python, '-c', say_versions, *names], check=True)
     tests = args or ['tests', *(f'--ignore=tests/{o}' for o in not_here)]
     res = subprocess.run([python, 'tools/runner.py', *tests], cwd=root)
     print(f'{which}: {time.time()-start:.0f} s')
