@@ -50,17 +50,15 @@ def setting_groups(
 # %% ../nbs/31_learner.ipynb #c12471fc
 def _sort_settings(method, settings):
     "Settings by name, as a dict of dicts by the function that takes them"
-    names = setting_groups(method)
-    group_of = {n:g for g,ns in names.items() for n in ns}
-    sorted_ = {g: {} for g in names}
-    for n,v in settings.items():
-        if n not in group_of:
-            close = difflib.get_close_matches(n, [*group_of,'n_classes','bf16','cbs','recipe'], n=1)
+    groups = setting_groups(method)
+    known = [n for names in groups.values() for n in names]
+    for n in settings:
+        if n not in known:
+            close = difflib.get_close_matches(n, [*known,'n_classes','bf16','cbs','recipe'], n=1)
             if close: hint = f": did you mean {close[0]!r}?"
             else: hint = "; arguments of the architecture go into encoder=dict(...)"
             raise TypeError(f"{method}_learner has no setting {n!r}{hint}")
-        sorted_[group_of[n]][n] = v
-    return sorted_
+    return {g: {n:v for n,v in settings.items() if n in names} for g,names in groups.items()}
 
 # %% ../nbs/31_learner.ipynb #a776b7a1
 def _stride_at(encoder, size, n_in):

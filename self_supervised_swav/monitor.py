@@ -62,9 +62,9 @@ class CollapseMonitor(EpochColumns):
         super().__init__(())
         self.stop,self.every = stop,every
         self.fresh,self.stopping = True,False
-        self._forget(())
+        self._start_record(())
 
-    def _forget(self, signs):
+    def _start_record(self, signs):
         self.history,self.losses,self.alarms = {n: [] for n in signs},[],[]
         self.pending,self.n_steps,self.patience = [],0,self.min_patience
 
@@ -76,11 +76,11 @@ class CollapseMonitor(EpochColumns):
         super().before_fit()
         self.fresh,self.stopping = True,False
 
-    def before_epoch(self): self._stop_if_told()
+    def before_epoch(self): self._stop_if_alarmed()
 
     def before_train(self):
         if self.fresh:
-            self._forget(self.method.signs)
+            self._start_record(self.method.signs)
             self.method.seen,self.fresh = {},False
             self.patience = max(self.min_patience, len(self.dls.train))
         self.epoch_start = self.n_steps
@@ -94,7 +94,7 @@ class CollapseMonitor(EpochColumns):
 
     def after_batch(self):
         if len(self.pending)>=self.every: self._look()
-        self._stop_if_told()
+        self._stop_if_alarmed()
 
     def after_train(self):
         if self.n_steps==self.epoch_start: return  # no step was taken, as in the epochs that a resumed fit skips
@@ -113,7 +113,7 @@ class CollapseMonitor(EpochColumns):
         self.method.seen = to_device(state.pop('seen'), device)
         vars(self).update(state | dict(pending=to_device(state['pending'], device)))
 
-    def _stop_if_told(self):
+    def _stop_if_alarmed(self):
         if self.stopping: raise CancelFitException  # between two epochs, or before the next step
 
 # %% ../nbs/26_monitor.ipynb #980f09f8

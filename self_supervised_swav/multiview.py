@@ -83,7 +83,7 @@ class MultiView(Callback):
         if self._whole_images: self.learn.xb = (self._as_weights(self.views.normalize(x)),)
         else:
             self._check_finite(x)
-            if self.training and not self.checked: self._check_range(x)
+            if self.training and not self.checked: self._check_image_range(x)
             self.learn.xb = ([self._as_weights(c) for c in self.cut(x)],)
             if self.training and not self.checked: self._dry_run(*self.learn.xb)
 
@@ -254,7 +254,7 @@ def _raise_not_finite(self:MultiView):
     raise FloatingPointError(f"{name} not finite in {where}; the weights are those of the step before")
 
 @patch
-def _check_range(self:MultiView, x):
+def _check_image_range(self:MultiView, x):
     "Raise if images are clearly outside [0,1]: resizing may go a little beyond"
     lo,hi = (o.item() for o in x.aminmax())
     tfms = getattr(getattr(self.learn.dl, 'after_batch', None), 'fs', ())

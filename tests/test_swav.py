@@ -1,5 +1,6 @@
 "The callback in real fits: everything that fastai users do with a Learner, the queue's life, errors, and the device."
 import inspect, json, os, shutil, warnings
+from collections import Counter
 from contextlib import nullcontext
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
@@ -150,10 +151,13 @@ def test_what_a_method_says_of_itself(case):
         assert o.draw(fig=fig) and o.title and o.alt and o.caption
     plt.close('all')
 
-def test_no_setting_has_two_owners():
+def test_a_setting_of_two_functions_means_the_same_in_both():
     for name in methods:
-        names = [o for group in setting_groups(name).values() for o in group]
-        assert len(names)==len(set(names)), name
+        groups = setting_groups(name)
+        counts = Counter(o for names in groups.values() for o in names)
+        for shared in (o for o,n in counts.items() if n>1):
+            recipe = method_learner(name, monitor=True, **{shared: 1}).recipe
+            assert all(recipe[g][shared]==1 for g,names in groups.items() if shared in names), (name,shared)
 
 # --- ways out, of each method -----------------------------------------------------------------------------------------
 @each_method
