@@ -51,7 +51,8 @@ __all__ = [
     'lars', 'CollapseMonitor', 'CollapseWarning', 'KNNMetric', 'ResumeTraining', 'TrainingStopped',
     'EpochHistory', 'SaveEncoder', 'PretrainRun',
     # formulas
-    'sinkhorn', 'swapped_loss', 'nt_xent', 'info_nce', 'code_entropy', 'mean_code_entropy', 'prototype_usage', 'code_overlap',
+    'sinkhorn', 'swapped_loss', 'nt_xent', 'info_nce', 'code_entropy', 'mean_code_entropy', 'prototype_usage',
+    'code_overlap',
     'feature_spread', 'effective_rank',
     # the encoder and what it knows
     'save_encoder', 'load_encoder', 'load_weights', 'encoder_settings', 'create_from_settings',
@@ -64,6 +65,7 @@ def __getattr__(name):
         for mod in ('drawings','visualize','samples','files','fused'):
             found = importlib.import_module(f'.{mod}', __package__)
             if hasattr(found, name):
-                warnings.warn(f"{name} is no longer in all: from self_supervised_swav.{mod} import {name}", DeprecationWarning, stacklevel=2)
+                warnings.warn(f"{name} is no longer in all: from self_supervised_swav.{mod} import {name}",
+                              DeprecationWarning, stacklevel=2)
                 return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

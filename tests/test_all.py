@@ -7,7 +7,8 @@ import self_supervised_swav.all as face
 pkg = Path(face.__file__).parent
 sources = {p.stem: p.read_text(encoding='utf-8') for p in sorted(pkg.glob('*.py'))}
 by_hand = {'__init__','__main__','_modidx','all'}
-not_in_all = {'args','cli','collectives','drawings','files','kmeans','randomness','samples'}  # for those who build on the package
+not_in_all = {'args','cli','collectives','drawings','files','kmeans','randomness',
+              'samples'}  # for those who build on the package
 
 def star(): return vars_after('from self_supervised_swav.all import *')
 def vars_after(code):
@@ -37,7 +38,8 @@ def test_every_module_is_in_all():
 
 def test_old_names():
     for name in ('draw_prototypes','draw_neighbours','nearest_images','ImageSample','atomic_path'):
-        with pytest.warns(DeprecationWarning, match=f'{name} is no longer in all: from self_supervised_swav'): assert callable(getattr(face, name))
+        with pytest.warns(DeprecationWarning, match=f'{name} is no longer in all: from self_supervised_swav'):
+            assert callable(getattr(face, name))
     with pytest.raises(AttributeError, match="has no attribute 'draw_everything'"): face.draw_everything
     with pytest.raises(ImportError): exec('from self_supervised_swav.all import draw_everything')
 
@@ -50,14 +52,18 @@ def private_imports(source):
                 if o.name.startswith('_') and not o.name.startswith('__'): yield f'{n.module}.{o.name}'
                 modules[o.asname or o.name] = o.name
     for n in ast.walk(ast.parse(source)):
-        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and modules.get(n.value.id) in sources and n.attr.startswith('_'):
-            if not n.attr.startswith('__'): yield f'{modules[n.value.id]}.{n.attr}'
+        if not (isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)): continue
+        private = n.attr.startswith('_') and not n.attr.startswith('__')
+        if private and modules.get(n.value.id) in sources: yield f'{modules[n.value.id]}.{n.attr}'
 
 @pytest.mark.parametrize('mod', sources)
 def test_no_private_name_crosses_a_wall(mod): assert list(private_imports(sources[mod]))==[]
 
 @pytest.mark.parametrize('source,found', [
-    ('from .data import _find_images', ['data._find_images']), ('from self_supervised_swav.data import _x as y', ['data._x']),
-    ('from . import report\nreport._page()', ['report._page']), ('from .data import swav_dls', []), ('from os import _exit', []),
+    ('from .data import _find_images', ['data._find_images']),
+    ('from self_supervised_swav.data import _x as y', ['data._x']),
+    ('from . import report\nreport._page()', ['report._page']), ('from .data import swav_dls', []),
+    ('from os import _exit', []),
     ('from . import __version__', []), ('def f():\n    from .data import _x', ['data._x'])])
-def test_checker(source, found): assert [o.removeprefix('self_supervised_swav.') for o in private_imports(source)]==found
+def test_checker(source, found):
+    assert [o.removeprefix('self_supervised_swav.') for o in private_imports(source)]==found

@@ -1,7 +1,8 @@
 "Drawings say what the tensors say, and text stands in them as it is."
 import re
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
-from self_supervised_swav.drawings import draw_codes, draw_image, draw_prototypes, drawable, printable, shortened, text_width
+from self_supervised_swav.drawings import (
+    draw_codes, draw_image, draw_prototypes, drawable, printable, shortened, text_width)
 
 pytestmark = pytest.mark.usefixtures('closed_figures')
 
@@ -17,10 +18,13 @@ def test_prototypes_by_hand():
     drawn = [float(ax.images[0].get_array()[0,0])*4 for ax in axes]
     assert drawn==[0,1, 3,0, 3,2]  # nearest to 0, to 2, to 1
     assert [re.sub('cosine.*', '', texts(ax)[0]).split() for ax in axes[::2]]==[
-        'most used 75.0% of images prototype 0'.split(), '25.0% of images prototype 2'.split(), 'least used 0.0% of images prototype 1'.split()]
+        'most used 75.0% of images prototype 0'.split(), '25.0% of images prototype 2'.split(),
+        'least used 0.0% of images prototype 1'.split()]
     assert 'cosine 0.90 to 0.80' in texts(axes[0])[0] and '2 of 3 prototypes' in axes[0].figure.get_suptitle()
 
-@pytest.mark.parametrize('n,k,said', [(4,1,'n must be a whole number from 1 to 3, the prototypes, got 4'), (0,1,'n must be'), (True,1,'n must be'), (1,5,'k must be a whole number from 1 to 4, the images, got 5')])
+@pytest.mark.parametrize('n,k,said',
+                         [(4,1,'n must be a whole number from 1 to 3, the prototypes, got 4'), (0,1,'n must be'),
+                          (True,1,'n must be'), (1,5,'k must be a whole number from 1 to 4, the images, got 5')])
 def test_prototypes_asked_for(n, k, said):
     with pytest.raises(ValueError, match=said): draw_prototypes(torch.rand(4,1,2,2), torch.rand(4,3), n, k)
 
@@ -39,10 +43,13 @@ def test_codes_by_hand():
     loss = [-np.log(.2), -(np.log(.25)+np.log(.25))/2, (-np.log(.5)-(np.log(.5)+np.log(.25))/2)/2]
     assert [float(texts(ax)[0].split()[-1]) for ax in axes[1::2]]==[round(o, 2) for o in loss]
 
-# --- text -----------------------------------------------------------------------------------------------------------------
+# --- text ---
 @pytest.mark.parametrize('text,shown', [
-    ('$x_1$ & <b>', '$x_1$ & <b>'), ('two\nlines\t', r'two\nlines\t'), (bad, r'caf\xe9'), ('a\u202egnp.exe', r'a\u202egnp.exe'), ('\x00', r'\x00'),
-    ('\ud800', r'\ud800'), ('日本語 é', '日本語 é'), ('a\u3000b\u00a0c', 'a\u3000b\u00a0c'), ('👩\u200d🚀', '👩\u200d🚀'), (3, '3'), ('', '')])
+    ('$x_1$ & <b>', '$x_1$ & <b>'), ('two\nlines\t', r'two\nlines\t'), (bad, r'caf\xe9'),
+    ('a\u202egnp.exe', r'a\u202egnp.exe'), ('\x00', r'\x00'),
+    ('\ud800', r'\ud800'), ('日本語 é', '日本語 é'),
+    ('a\u3000b\u00a0c', 'a\u3000b\u00a0c'), ('👩\u200d🚀', '👩\u200d🚀'),
+    (3, '3'), ('', '')])
 def test_printable(text, shown):
     assert printable(text)==shown
     shown.encode('utf-8')  # what is shown can be written to a file
@@ -56,7 +63,8 @@ def test_shortened_fits(text, middle):
     if short!=whole:
         head,tail = short.split('…')
         assert whole.startswith(head) and whole.endswith(tail) and bool(tail)==middle
-        assert text_width(whole[:len(head)+len(tail)+1], size)>40  # no shorter than it must be, up to two letters of the widest
+        assert text_width(whole[:len(head)+len(tail)+1],
+                          size)>40  # no shorter than it must be, up to two letters of the widest
     assert shortened('W'*9, 0, 8)=='…'
 
 def test_names_stand_below_images_as_they_are():

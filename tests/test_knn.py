@@ -36,8 +36,10 @@ def test_an_image_is_no_neighbor_of_its_own():
         torch.testing.assert_close(got.double(), want.topk(9, 1).values, atol=eps, rtol=0)
         assert all(len(set(o)) == 9 for o in idxs.tolist())
     assert not (nearest_neighbors(x, x, 49, own=range(50))[1] == torch.arange(50)[:, None]).any()
-    with pytest.raises(ValueError, match="k must be between 1 and the bank's 49 rows but its own, got 50"): nearest_neighbors(x, x, 50, own=range(50))
-    with pytest.raises(ValueError, match='own must hold one row number of the bank, less than 50, for each of the 50'): nearest_neighbors(x, x, 3, own=[1, 2])
+    with pytest.raises(ValueError, match="k must be between 1 and the bank's 49 rows but its own, got 50"):
+        nearest_neighbors(x, x, 50, own=range(50))
+    with pytest.raises(ValueError, match='own must hold one row number of the bank, less than 50, for each of the 50'):
+        nearest_neighbors(x, x, 3, own=[1, 2])
 
 def test_no_overflow():
     "exp(1/0.001) is no float32"
@@ -68,11 +70,17 @@ def test_no_images():
 
 ok = dict(features=torch.ones(2, 3), bank=torch.ones(4, 3), labels=torch.arange(4), k=2)
 @pytest.mark.parametrize('err,msg,kw', [
-    (ValueError, 'features must have 2', dict(features=torch.ones(3))), (ValueError, 'bank must have 2', dict(bank=torch.ones(4, 3, 1))),
-    (ValueError, 'features must be finite', dict(features=torch.full((2, 3), float('nan')))), (ValueError, 'same width', dict(features=torch.ones(2, 4))),
-    (ValueError, 'labels must hold one', dict(labels=torch.arange(3))), (TypeError, 'labels must be integers', dict(labels=torch.ones(4))),
-    (ValueError, 'got -1', dict(labels=torch.tensor([0, 1, -1, 2]))), (ValueError, 'n_classes=3, got 3', dict(n_classes=3)),
-    (ValueError, 'k must be', dict(k=0)), (ValueError, 'k must be', dict(k=5)), (ValueError, 'temp must be positive, got 0', dict(temp=0)),
-    (ValueError, 'temp must be positive', dict(temp=float('nan'))), (ValueError, 'chunk must be positive', dict(chunk=0))])
+    (ValueError, 'features must have 2', dict(features=torch.ones(3))),
+    (ValueError, 'bank must have 2', dict(bank=torch.ones(4, 3, 1))),
+    (ValueError, 'features must be finite', dict(features=torch.full((2, 3), float('nan')))),
+    (ValueError, 'same width', dict(features=torch.ones(2, 4))),
+    (ValueError, 'labels must hold one', dict(labels=torch.arange(3))),
+    (TypeError, 'labels must be integers', dict(labels=torch.ones(4))),
+    (ValueError, 'got -1', dict(labels=torch.tensor([0, 1, -1, 2]))),
+    (ValueError, 'n_classes=3, got 3', dict(n_classes=3)),
+    (ValueError, 'k must be', dict(k=0)), (ValueError, 'k must be', dict(k=5)),
+    (ValueError, 'temp must be positive, got 0', dict(temp=0)),
+    (ValueError, 'temp must be positive', dict(temp=float('nan'))),
+    (ValueError, 'chunk must be positive', dict(chunk=0))])
 def test_errors(err, msg, kw):
     with pytest.raises(err, match=msg): weighted_knn(**{**ok, **kw})

@@ -14,7 +14,8 @@ from self_supervised_swav.recipes import Recipe
 from self_supervised_swav.report import _encoded, _label_agreement, _next_steps
 from self_supervised_swav.samples import ImageSample
 
-sections = ['Summary', 'Alarms', 'Training', 'Epochs', 'Crops', 'Codes', 'Prototypes', 'Map', 'Neighbors', 'Settings', 'Recipe', 'Versions', 'What now']
+sections = ['Summary', 'Alarms', 'Training', 'Epochs', 'Crops', 'Codes', 'Prototypes', 'Map', 'Neighbors', 'Settings',
+            'Recipe', 'Versions', 'What now']
 
 pytestmark = pytest.mark.usefixtures('closed_figures')
 
@@ -50,10 +51,13 @@ def check_page(path, n_pictures=6, heads=sections):
     "A page that needs nothing but itself, and runs nothing"
     text = path.read_text(encoding='utf-8')
     page = Page(text)
-    assert text.lower().startswith('<!doctype html>') and '<html lang="en">' in text and 'name="viewport"' in text and 'prefers-color-scheme:dark' in text
+    assert text.lower().startswith('<!doctype html>')
+    assert all(o in text for o in ('<html lang="en">', 'name="viewport"', 'prefers-color-scheme:dark'))
     assert not re.search(r'https?://', text) and 'url(' not in text and '@import' not in text
-    assert not page.tags & {'script','link','iframe','object','embed','svg','form'} and not any(o.startswith('on') for o in page.attributes)
-    assert all(o.startswith(('data:image/','#')) for o in page.addresses) and {o[1:] for o in page.addresses if o[0]=='#'}<=set(page.ids)
+    assert not page.tags & {'script','link','iframe','object','embed','svg','form'}
+    assert not any(o.startswith('on') for o in page.attributes)
+    assert all(o.startswith(('data:image/','#')) for o in page.addresses)
+    assert {o[1:] for o in page.addresses if o[0]=='#'}<=set(page.ids)
     assert page.heads==heads and len(set(page.ids))==len(page.ids)
     assert len(page.pictures)==n_pictures and all(len(o['alt'])>20 for o in page.pictures), page.text
     assert len(text)<2_000_000
@@ -69,13 +73,16 @@ def test_report(trained, tmp_path):
     before,rc,backend,shown = plt.get_fignums(),dict(matplotlib.rcParams),matplotlib.get_backend(),trained.swav.n_shown
     trained.model.train()
     modes = [m.training for m in trained.model.modules()]
-    path = trained.pretrain_report(tmp_path/'new'/'report.html', title='Ten <digits> & more', notes={'time of the fit': '3 s'})
+    path = trained.pretrain_report(tmp_path/'new'/'report.html', title='Ten <digits> & more',
+                                   notes={'time of the fit': '3 s'})
     assert path==tmp_path/'new'/'report.html' and [o.name for o in path.parent.iterdir()]==['report.html']
     page = check_page(path)
     assert plt.get_fignums()==before and dict(matplotlib.rcParams)==rc and matplotlib.get_backend()==backend
     assert [m.training for m in trained.model.modules()]==modes and trained.swav.n_shown==shown
-    said = ('Ten <digits> & more', 'time of the fit', '64 for training, 16 for validation', 'eps', '0.05', 'n_sinkh_iter', 'torch', torch.__version__,
-            'without a recipe', 'valid_loss', 'nearest image has the same label', 'predicting nothing gives ln 20 = 2.996')
+    said = ('Ten <digits> & more', 'time of the fit', '64 for training, 16 for validation', 'eps', '0.05',
+            'n_sinkh_iter', 'torch', torch.__version__,
+            'without a recipe', 'valid_loss', 'nearest image has the same label',
+            'predicting nothing gives ln 20 = 2.996')
     for o in said: assert o in page.text, o
     assert 'Not drawn' not in page.text
     # 8 steps: neither well nor ill
@@ -87,7 +94,8 @@ def test_report_of_a_bare_learner(tmp_path):
     "No monitor, no labels, no validation set, no training"
     learn = small_learner(dls=digits(40, valid_pct=0.))
     page = check_page(learn.pretrain_report(tmp_path/'r.html'), 5)
-    for o in ('No CollapseMonitor took part', 'Not drawn: learn has no curves', 'The Recorder has not seen an epoch end', 'no labels to color it by'): assert o in page.text, o
+    for o in ('No CollapseMonitor took part', 'Not drawn: learn has no curves',
+              'The Recorder has not seen an epoch end', 'no labels to color it by'): assert o in page.text, o
     learn.fit(1)
     check_page(learn.pretrain_report(tmp_path/'r.html'), 6)
 
@@ -97,7 +105,8 @@ def test_report_tells_alarms_and_reasons(tmp_path):
     learn.fit(1)
     learn.collapse_monitor.alarms.append((17, 'This run does not learn: eps<0.05'))
     page = check_page(learn.pretrain_report(tmp_path/'r.html', max_images=10))
-    said = ('Step 17.', 'This run does not learn: eps<0.05', 'swav.eps', 'small & sharp', 'fit.lr', '10 of 32 images, at random',
+    said = ('Step 17.', 'This run does not learn: eps<0.05', 'swav.eps', 'small & sharp', 'fit.lr',
+            '10 of 32 images, at random',
             'Change one setting as Alarms says, and train again.')
     for o in said: assert o in page.text, o
 
@@ -109,7 +118,8 @@ def test_report_of_a_broken_model(tmp_path):
     assert page.text.count('features not finite')==1
 
 def test_report_of_few_images(tmp_path):
-    page = check_page(small_learner(dls=digits(4, bs=2, valid_pct=0.), n_protos=3).pretrain_report(tmp_path/'r.html'), 5)
+    learn = small_learner(dls=digits(4, bs=2, valid_pct=0.), n_protos=3)
+    page = check_page(learn.pretrain_report(tmp_path/'r.html'), 5)
     assert 'Not drawn: learn has no curves' in page.text and page.text.count('Not drawn')==1
 
 class Agree(MultiView):
@@ -122,7 +132,8 @@ class Agree(MultiView):
     def model_settings(self): return super().model_settings() | {'agreement': 'full'}
     def pictures(self, sample):
         def draw(fig): fig.subplots().bar(range(3), [1,2,3])
-        return [Picture('Own bars', draw, 'Three bars that a new method has drawn', f'Of {sample.note}.'), Picture('Broken', lambda fig: 1/0, 'Nothing that can be seen', 'x')]
+        return [Picture('Own bars', draw, 'Three bars that a new method has drawn', f'Of {sample.note}.'),
+                Picture('Broken', lambda fig: 1/0, 'Nothing that can be seen', 'x')]
 
 def test_report_of_a_new_method(tmp_path):
     "Settings, model and pictures come from the method: the report knows none"
@@ -133,7 +144,8 @@ def test_report_of_a_new_method(tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     heads = [*sections[:5], 'Own bars', 'Broken', *sections[7:]]
     page = check_page(learn.pretrain_report(tmp_path/'r.html'), 5, heads)
-    for o in ('Agree <to> differ: resnet18', 'strength 3', 'agreement full', 'Of all 32 images.', 'Not drawn: division by zero'): assert o in page.text, o
+    for o in ('Agree <to> differ: resnet18', 'strength 3', 'agreement full', 'Of all 32 images.',
+              'Not drawn: division by zero'): assert o in page.text, o
     assert not re.search('SwAV|swav(?!$)|prototype', page.text.replace('self_supervised_swav', ''))
 
 def test_a_report_is_written_whole_or_not(trained, tmp_path, monkeypatch):
@@ -149,14 +161,16 @@ def test_a_report_is_written_whole_or_not(trained, tmp_path, monkeypatch):
 
 def test_a_learner_without_a_method(trained):
     plain = Learner(digits(40, labelled=True), trained.model, loss_func=F.cross_entropy)
-    with pytest.raises(ValueError, match='learn must have a method such as SWAV among its callbacks'): plain.pretrain_report()
+    with pytest.raises(ValueError, match='learn must have a method such as SWAV among its callbacks'):
+        plain.pretrain_report()
 
 def test_agreement_of_labels_by_hand():
     "Two pairs of neighbors, one pair of one class; of 12 ordered pairs, 2*1 in class 0 (labels 0 0 1 2) are alike"
     x = torch.tensor([[1.,0],[.99,.1],[0,1],[.1,.99]])
-    assert _label_agreement(ImageSample(x, None, torch.tensor([0,0,1,2]), None, None, 4, None))==(.5, pytest.approx(2/12))
+    sample = ImageSample(x, None, torch.tensor([0,0,1,2]), None, None, 4, None)
+    assert _label_agreement(sample)==(.5,pytest.approx(2/12))
 
-# --- what now -------------------------------------------------------------------------------------------------------------
+# --- what now ---
 def test_next_steps_run(trained, tmp_path, monkeypatch):
     "The lines of Python at the end of the page work as they stand"
     monkeypatch.chdir(tmp_path)
@@ -166,22 +180,26 @@ def test_next_steps_run(trained, tmp_path, monkeypatch):
     names |= dict(learn=learn, labeled=learn.dls)
     for text,command in _next_steps(learn):
         assert text.endswith(':') and command, text
-        if 'fine_tune' in command: command = command.replace(').fine_tune(5)', ', cbs=[]).fine_tune')  # made, not trained
+        if 'fine_tune' in command:
+            command = command.replace(').fine_tune(5)', ', cbs=[]).fine_tune')  # made, not trained
         exec(command, names)
     assert (tmp_path/'encoder.safetensors').is_file() and names['features'].shape==(40,16)
 
 def test_next_steps_follow_from_the_run(trained):
     "8 steps have not brought the loss below ln 20; then an alarm says more"
-    assert float(trained.recorder.losses[-1])>=trained.swav.chance_loss[0] and _next_steps(trained)[0][0].startswith('Train longer')
+    assert float(trained.recorder.losses[-1])>=trained.swav.chance_loss[0]
+    assert _next_steps(trained)[0][0].startswith('Train longer')
     trained.collapse_monitor.alarms.append((8, 'It does not learn.'))
     try: assert _next_steps(trained)[0][0].startswith('Change one setting')
     finally: trained.collapse_monitor.alarms.clear()
 
 def test_steps_are_given(trained, tmp_path):
-    page = check_page(trained.pretrain_report(tmp_path/'r.html', max_images=8, next_steps=[('Use <it>:', 'swav embed "a & b" x'), ('Or rest.', None)]))
-    assert page.commands==['swav embed "a & b" x'] and page.text.index('Use <it>:')<page.text.index('Or rest.') and page.heads[-1]=='What now'
+    page = check_page(trained.pretrain_report(tmp_path/'r.html', max_images=8,
+                                              next_steps=[('Use <it>:', 'swav embed "a & b" x'), ('Or rest.', None)]))
+    assert page.commands==['swav embed "a & b" x'] and page.heads[-1]=='What now'
+    assert page.text.index('Use <it>:')<page.text.index('Or rest.')
 
-# --- names from anywhere --------------------------------------------------------------------------------------------------
+# --- names from anywhere ---
 attack = '<img src=x onerror=document.title="run">'
 odd = [attack, '$x_1$ & $$', 'two\nlines', os.fsdecode(b'caf\xe9'), '_hidden', "<b>'bold\"", '日本語']
 
@@ -193,43 +211,52 @@ def planted(tmp_path_factory):
         name = folder/'images'/odd[i%7].replace('/', '')/f'{odd[(i//3)%7]}{i}.png'
         name.parent.mkdir(exist_ok=True, parents=True)
         Image.new('RGB', (16,16), (12*i, 255-12*i, 40*(i%5))).save(name)
-    learn = small_learner(dls=swav_dls(folder/'images', size=16, bs=4, valid_pct=0., num_workers=0, device='cpu'), n_in=3, cbs=[CollapseMonitor()])
+    learn = small_learner(dls=swav_dls(folder/'images', size=16, bs=4, valid_pct=0., num_workers=0, device='cpu'),
+                          n_in=3, cbs=[CollapseMonitor()])
     learn.fit(1)
     labels = [o.parent.name for o in learn.dls.train_ds.items]
-    return learn.pretrain_report(folder/'report.html', labels=labels, title=attack, notes={attack: attack, odd[3]: odd[2]}, next_steps=[(attack, attack)])
+    return learn.pretrain_report(folder/'report.html', labels=labels, title=attack,
+                                 notes={attack: attack, odd[3]: odd[2]}, next_steps=[(attack, attack)])
 
 def test_names_are_shown_as_they_are(planted):
     page = check_page(planted)
     assert 'Not drawn' not in page.text
-    for o in (attack, r'caf\xe9', r'two\nlines', '$x_1$ & $$', '_hidden', "<b>'bold\"", '日本語'): assert o in page.text, o
+    for o in (attack, r'caf\xe9', r'two\nlines', '$x_1$ & $$', '_hidden', "<b>'bold\"", '日本語'):
+        assert o in page.text, o
     assert r'Names of these 25 files, row by row' in page.text  # 5 rows of an image and 4 neighbors
 
 chromium = next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
 in_browser = pytest.mark.skipif(chromium is None, reason='chromium is not installed')
 
 def opened(path, folder, measure, width=1000):
-    "What the script `measure` makes the title of a window that has the page in a frame of `width` pixels: a window may not be as narrow as a phone"
-    (folder/'probe.html').write_text(f'<iframe id="f" style="border:0;width:{width}px" srcdoc="{escape(path.read_text())}" onload="{escape(measure)}"></iframe>')
-    flags = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
-             '--disable-sync --virtual-time-budget=3000 --dump-dom').split()
+    "What the script `measure` makes the title of a window around a frame of `width` pixels that holds the page"
+    # a frame, since a window may not be as narrow as a phone
+    frame = f'<iframe id="f" style="border:0;width:{width}px" srcdoc="{escape(path.read_text())}"'
+    (folder/'probe.html').write_text(f'{frame} onload="{escape(measure)}"></iframe>')
+    flags = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+             '--disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom').split()
     command = [chromium, *flags, f'--user-data-dir={folder}/profile', f'file://{folder}/probe.html']
-    return re.search(r'<title>(.*?)</title>', subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)[1].split('|')
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    return re.search(r'<title>(.*?)</title>', out)[1].split('|')
 
 @in_browser
 @pytest.mark.parametrize('width', [390, 1200])
 def test_report_in_a_browser(trained, tmp_path, width):
-    "Pictures load, the page is no wider than the window; a table that is wider can be scrolled, by its visible edge and by keyboard"
+    "Pictures load, the page is no wider than the window; a wider table scrolls, visibly and by keyboard"
     measure = ("const d=f.contentDocument,w=f.contentWindow.innerWidth,t=d.querySelector('[aria-label=Epochs]');"
                "document.title=[w,d.documentElement.scrollWidth,"
                "[...d.images].filter(o=>o.naturalWidth>0&&o.getBoundingClientRect().right<=w).length,"
                "t.scrollWidth>t.clientWidth,getComputedStyle(t).overflowX,t.tabIndex,getComputedStyle(t).backgroundImage.split('linear-gradient').length-1].join('|')")
-    window,page,n_pictures,wider,overflow,tab,shadows = opened(trained.pretrain_report(tmp_path/'report.html'), tmp_path, measure, width)
+    path = trained.pretrain_report(tmp_path/'report.html')
+    window,page,n_pictures,wider,overflow,tab,shadows = opened(path, tmp_path, measure, width)
     assert int(window)==width and int(page)<=width and n_pictures=='6'
     assert (wider,overflow,tab,shadows)==('true' if width==390 else wider, 'auto', '0', '4')
 
 @in_browser
 def test_nothing_in_a_name_runs(planted, tmp_path):
     "Neither element nor script comes of the markup in labels, file names, title, notes or commands"
-    measure = ("const d=f.contentDocument;document.title=[d.images.length,[...d.images].every(o=>o.src.startsWith('data:')),"
-               "d.querySelectorAll('script,[onerror],main b').length,d.title==d.querySelector('h1').textContent&&d.title!='run',d.querySelector('h1').children.length].join('|')")
+    measure = ("const d=f.contentDocument,h=d.querySelector('h1');"
+               "document.title=[d.images.length,[...d.images].every(o=>o.src.startsWith('data:')),"
+               "d.querySelectorAll('script,[onerror],main b').length,"
+               "d.title==h.textContent&&d.title!='run',h.children.length].join('|')")
     assert opened(planted, tmp_path, measure)==['6','true','0','true','0']

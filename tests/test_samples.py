@@ -34,19 +34,25 @@ def test_labels_of_a_sample(trained):
     assert trained.sample_images(max_images=10, labels=False).labels is None
     bare = small_learner(n=40)
     assert bare.sample_images().labels is None
-    with pytest.raises(ValueError, match='labels=True needs data with one class for each image, got none'): bare.sample_images(labels=True)
-    with pytest.raises(ValueError, match='one for each of the 64 images of the data set, got 3'): trained.sample_images(labels=[1,2,3])
-    with pytest.raises(ValueError, match='max_images must be a positive whole number, got 0'): trained.sample_images(max_images=0)
+    with pytest.raises(ValueError, match='labels=True needs data with one class for each image, got none'):
+        bare.sample_images(labels=True)
+    with pytest.raises(ValueError, match='one for each of the 64 images of the data set, got 3'):
+        trained.sample_images(labels=[1,2,3])
+    with pytest.raises(ValueError, match='max_images must be a positive whole number, got 0'):
+        trained.sample_images(max_images=0)
 
 def test_sample_of_a_folder_with_normalize(tmp_path):
     gen = torch.Generator().manual_seed(0)
     for i in range(12):
         (tmp_path/'ab'[i%2]).mkdir(exist_ok=True)
-        Image.fromarray(torch.randint(0, 256, (16,24,3), dtype=torch.uint8, generator=gen).numpy()).save(tmp_path/'ab'[i%2]/f'{i}.png')
-    block = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label, batch_tfms=Normalize.from_stats([.5]*3, [.2]*3, cuda=False))
+        Image.fromarray(torch.randint(0, 256, (16,24,3), dtype=torch.uint8,
+                                      generator=gen).numpy()).save(tmp_path/'ab'[i%2]/f'{i}.png')
+    block = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label,
+                      batch_tfms=Normalize.from_stats([.5]*3, [.2]*3, cuda=False))
     dls = block.dataloaders(tmp_path, bs=4, device='cpu', num_workers=0)
     seed_all()
-    learn = Learner(dls, create_swav_model(small_encoder(3), hidden_size=16, projection_size=8, n_protos=6), cbs=SWAV(small_augs()))
+    learn = Learner(dls, create_swav_model(small_encoder(3), hidden_size=16, projection_size=8, n_protos=6),
+                    cbs=SWAV(small_augs()))
     s = learn.sample_images()
     for j,i in enumerate(s.idxs):
         pixels = torch.from_numpy(np.array(Image.open(dls.train_ds.items[i]))).permute(2,0,1)
@@ -77,19 +83,23 @@ def test_names_of_files(tmp_path):
     s = learn.sample_images()
     assert sorted(s.file_names)==sorted(f"{'ab'[i%2]}/{name}" for i,name in enumerate(odd))
     for i,o in enumerate(s.files): assert s.images[i,0,0,0]==Image.open(o).getpixel((0,0))[0]
-    assert image_query(learn, s.idxs[1], s)[4]==s.file_names[1] and image_query(learn, s.files[1], s)[4]==s.files[1].name
+    assert image_query(learn, s.idxs[1], s)[4]==s.file_names[1] and image_query(learn, s.files[1],
+                                                                                s)[4]==s.files[1].name
     assert ImageSample(*s)._replace(files=s.files[:1]).file_names==[s.files[0].name]
-    assert ImageSample(*s)._replace(files=['x/a.png','/y/b.png']).file_names==['x/a.png','/y/b.png']  # no folder in common
+    assert ImageSample(*s)._replace(files=['x/a.png','/y/b.png']).file_names==['x/a.png',
+                                                                               '/y/b.png']  # no folder in common
     assert small_learner(n=40).sample_images().file_names is None
 
 def test_a_batch_of_the_sample(trained):
     s = trained.sample_images(max_images=10)
     x,image = s.batch(3)
     ds = trained.dls.train_ds
-    assert image==s.idxs[3] and len(x)==trained.dls.train.bs and torch.equal(x[0].as_subclass(torch.Tensor), ds.x[image])
+    assert image==s.idxs[3] and len(x)==trained.dls.train.bs and torch.equal(x[0].as_subclass(torch.Tensor),
+                                                                             ds.x[image])
     assert torch.equal(s.batch(3)[0], x) and not torch.equal(s.batch(3, seed=1)[0][1:], x[1:])
     assert len({tuple(o.flatten().tolist()) for o in x})>1
-    with pytest.raises(ValueError, match='image must be an index from 0 to 63, got 64'): batch_with(trained.dls.train, 64)
+    with pytest.raises(ValueError, match='image must be an index from 0 to 63, got 64'):
+        batch_with(trained.dls.train, 64)
     plain = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(5, 1, 16, 16)), batch_size=4)
     x,image = batch_with(plain)
     assert image==0 and torch.equal(x, plain.dataset.tensors[0][:4])

@@ -21,7 +21,9 @@ def test_pictures_change_nothing(trained):
     next(model.encoder.children()).eval()
     modes = [m.training for m in model.modules()]
     weights = {k: v.clone() for k,v in model.state_dict().items() if isinstance(v, torch.Tensor)}
-    def states(): return torch.get_rng_state().tolist(),random.getstate(),np.random.get_state()[1].tolist(),trained.dls.train.rng.getstate()
+    def states():
+        numpy = np.random.get_state()[1].tolist()
+        return torch.get_rng_state().tolist(),random.getstate(),numpy,trained.dls.train.rng.getstate()
     before = states()
     trained.sample_images(), trained.show_codes(), trained.show_prototypes(2, 2), trained.show_neighbors([0], 2)
     assert states()==before and [m.training for m in model.modules()]==modes
@@ -38,20 +40,22 @@ def test_scores_of_prototypes_are_the_models(trained):
     s = trained.sample_images()
     trained.model.eval()
     with torch.no_grad(): wanted = trained.model(trained.dls.train_ds.x)[1]
-    # the features once more, in other batches: a dozen layers of sums of at most 9*16 terms, before the norm makes the scores at most 1
+    # the features once more, in other batches: a dozen layers of sums of at most 9*16 terms; the scores are at most 1
     bound = rounding(f32, 12*9*16)
     torch.testing.assert_close(trained.swav.proto_scores(s.features), wanted, atol=bound, rtol=0)
     assert (wanted-wanted.roll(1, 0)).abs().max()>10*bound  # another image's scores would not pass
 
-# --- curves ---------------------------------------------------------------------------------------------------------------
+# --- curves ---
 def test_curves(trained):
     axes = trained.plot_training()
-    assert [ax.get_ylabel() for ax in axes]==['loss (nats)','entropy / ln K','share','learning rate'] and axes[-1].get_xlabel()=='step'
+    assert [ax.get_ylabel() for ax in axes]==['loss (nats)','entropy / ln K','share',
+                                              'learning rate'] and axes[-1].get_xlabel()=='step'
     m,n = trained.collapse_monitor,len(trained.dls.train)
     for ax,ys in zip(axes, (m.losses, m.history['code_entropy'], m.history['proto_usage'], trained.recorder.lrs)):
         assert list(ax.lines[0].get_ydata())==[float(o) for o in ys]
     labels = axes[0].get_legend_handles_labels()[1]
-    assert {'ln 20 = 3.00: chance', 'validation', f'prototypes begin to learn: step {n}', f'queue is used: step {n}'}<=set(labels)
+    assert {'ln 20 = 3.00: chance', 'validation', f'prototypes begin to learn: step {n}',
+            f'queue is used: step {n}'}<=set(labels)
     ends = next(o for o in axes[0].lines if o.get_label()=='validation').get_xdata()
     assert list(ends)==[n-1, 2*n-1]
 
@@ -64,7 +68,8 @@ def test_curves_without_a_monitor():
     assert list(axes[0].lines[0].get_ydata())==[float(o) for o in learn.recorder.losses]
 
 def test_curves_without_a_method():
-    learn = Learner(digits(40, labelled=True), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10)), loss_func=F.cross_entropy)
+    learn = Learner(digits(40, labelled=True), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10)),
+                    loss_func=F.cross_entropy)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert [ax.get_ylabel() for ax in learn.plot_training()]==['loss (nats)','learning rate']
 
@@ -92,7 +97,8 @@ def test_long_curves_are_thinned():
     losses = torch.rand(10_000)
     line = draw_training(losses, chance=(3.4,'ln 30'))[0].lines[0]
     assert len(line.get_xdata())<=1500 and line.get_label()=='training (mean of 7 steps)'
-    assert line.get_ydata()[3]==pytest.approx(losses[21:28].double().mean().item(), abs=rounding(f64, 7)) and line.get_xdata()[3]==24
+    assert line.get_ydata()[3]==pytest.approx(losses[21:28].double().mean().item(),
+                                              abs=rounding(f64, 7)) and line.get_xdata()[3]==24
 
 def test_running_mean():
     ys = torch.rand(20, dtype=f64)
@@ -100,7 +106,7 @@ def test_running_mean():
     # the difference of two running sums of at most 20 values below 1
     torch.testing.assert_close(_running_mean(ys, 5), wanted, atol=rounding(f64, 2*20, 20), rtol=0)
 
-# --- map ------------------------------------------------------------------------------------------------------------------
+# --- map ---
 @pytest.mark.parametrize('n,d', [(40,6), (5,30), (2,3), (9,1)])
 def test_principal_components(n, d):
     x = torch.randn(n, d)
@@ -130,7 +136,8 @@ def test_umap_where_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'umap', types.SimpleNamespace(UMAP=UMAP))
     xy,names = project_features(x, seed=3)
     assert names==('UMAP 1','UMAP 2') and asked['random_state']==3
-    torch.testing.assert_close(xy, F.normalize(x, dim=1)[:,:2], atol=rounding(f32, 4+2), rtol=0)  # four squares, root and quotient
+    torch.testing.assert_close(xy, F.normalize(x, dim=1)[:,:2], atol=rounding(f32, 4+2),
+                               rtol=0)  # four squares, root and quotient
     monkeypatch.setitem(sys.modules, 'umap', None)
     assert project_features(x)[1][0].startswith('component 1')
     with pytest.raises(ImportError, match='umap-learn'): project_features(x, 'umap')
@@ -156,10 +163,11 @@ def test_legend_shows_names_as_they_are():
 
 def test_map_needs_labels(trained):
     bare = trained.sample_images(labels=False)
-    with pytest.raises(ValueError, match='labels=True needs a sample with labels'): trained.plot_embedding(sample=bare, labels=True)
+    with pytest.raises(ValueError, match='labels=True needs a sample with labels'):
+        trained.plot_embedding(sample=bare, labels=True)
     assert trained.plot_embedding('pca', sample=bare).get_legend() is None
 
-# --- neighbors ------------------------------------------------------------------------------------------------------------
+# --- neighbors ---
 def test_neighbors_drawn(trained):
     s = trained.sample_images(max_images=30)
     axes = trained.show_neighbors([s.idxs[4]], 5, sample=s)
@@ -175,8 +183,10 @@ def test_neighbors_of_images_outside_the_sample(trained):
         outside = [i for i in range(n) if i not in s.idxs][-2:]
         axes = trained.show_neighbors([*outside, s.idxs[4]], 5, sample=s)
         for ax,i in zip(axes[::6], [*outside, s.idxs[4]]):
-            np.testing.assert_allclose(ax.images[0].get_array(), trained.dls[part].dataset.x[i,0].numpy(), atol=.5/255+rounding(f32, 2), rtol=0)
-        wanted = nearest_neighbors(extract_features(trained, trained.dls[part], progress=False)[0][outside[:1]], s.features, 1)[0]
+            np.testing.assert_allclose(ax.images[0].get_array(), trained.dls[part].dataset.x[i,0].numpy(),
+                                       atol=.5/255+rounding(f32, 2), rtol=0)
+        wanted = nearest_neighbors(extract_features(trained, trained.dls[part], progress=False)[0][outside[:1]],
+                                   s.features, 1)[0]
         # two digits are shown; features of another batch differ by rounding, as in the test of the scores
         assert abs(float(axes[1].get_title().split('\n')[-1])-wanted.item())<=.005+rounding(f32, 12*9*16)
     assert len(trained.show_neighbors(trained.dls.valid_ds.x[0], 3))==4
@@ -186,13 +196,16 @@ def test_names_beside_neighbors():
     x = torch.rand(2,3,4,4)
     assert draw_neighbors(x[:1], x, torch.rand(1,2), torch.tensor([[1,0]]))[1].get_title()
     names = ['$a name$ that is much longer than its picture is wide', 'short\n']
-    axes = draw_neighbors(x[:1], x, torch.rand(1,1), torch.tensor([[1]]), names[:1], names, query_files=['in/a.png'], files=['in/a.png','in/$b$.png'])
+    axes = draw_neighbors(x[:1], x, torch.rand(1,1), torch.tensor([[1]]), names[:1], names, query_files=['in/a.png'],
+                          files=['in/a.png','in/$b$.png'])
     first,second = (ax.get_title().split('\n')[0] for ax in axes)
     assert first.startswith('$a name') and first.endswith('…') and second=='≠ short\\n'
-    assert [ax.get_label() for ax in axes]==['in/a.png','in/$b$.png'] and [ax.texts[-1].get_text() for ax in axes]==['a.png','$b$.png']
+    assert [ax.get_label() for ax in axes]==['in/a.png',
+                                             'in/$b$.png'] and [ax.texts[-1].get_text() for ax in axes]==['a.png',
+                                                                                                          '$b$.png']
     axes[0].figure.canvas.draw()
 
-# --- the Learner's methods ------------------------------------------------------------------------------------------------
+# --- the Learner's methods ---
 def test_codes_of_a_learner(trained):
     axes = trained.show_codes(5)
     assert len(axes)==6 and 'training image 5' in axes[0].figure.get_suptitle()
@@ -204,13 +217,15 @@ def test_learners_that_lack_something(trained):
     plain = Learner(digits(40, labelled=True), trained.model, loss_func=F.cross_entropy)
     for f in (plain.show_codes, plain.show_prototypes):
         with pytest.raises(ValueError, match='learn must have a method such as SWAV among its callbacks'): f()
-    with pytest.raises(ValueError, match='n must be a whole number from 1 to 20, the prototypes, got 21'): trained.show_prototypes(21)
+    with pytest.raises(ValueError, match='n must be a whole number from 1 to 20, the prototypes, got 21'):
+        trained.show_prototypes(21)
     assert plain.plot_embedding('pca') and plain.show_neighbors(0, 3)
 
 def test_figures_given_are_drawn_in(trained):
     before = plt.get_fignums()
     draws = (trained.show_codes, trained.plot_training, lambda fig: trained.plot_embedding('pca', fig=fig),
-             lambda fig: trained.show_prototypes(2, 2, fig=fig), lambda fig: trained.show_neighbors(0, 2, fig=fig), lambda fig: trained.swav.show(2, fig=fig))
+             lambda fig: trained.show_prototypes(2, 2, fig=fig), lambda fig: trained.show_neighbors(0, 2, fig=fig),
+             lambda fig: trained.swav.show(2, fig=fig))
     for draw in draws:
         fig = Figure()
         draw(fig=fig)
@@ -219,8 +234,11 @@ def test_figures_given_are_drawn_in(trained):
 
 def test_old_names(trained):
     x = torch.randn(9, 4)
-    with pytest.warns(DeprecationWarning, match='nearest_images is now nearest_neighbors'): sims,idxs = nearest_images(x, x, 2, list(range(9)))
+    with pytest.warns(DeprecationWarning, match='nearest_images is now nearest_neighbors'):
+        sims,idxs = nearest_images(x, x, 2, list(range(9)))
     wanted = nearest_neighbors(x, x, 2, own=range(9))
     assert torch.equal(idxs, wanted[1]) and torch.equal(sims, wanted[0])
-    with pytest.warns(DeprecationWarning, match='draw_neighbours is now draw_neighbors'): draw_neighbours(torch.rand(1,1,4,4), torch.rand(9,1,4,4), sims[:1], idxs[:1])
-    with pytest.warns(DeprecationWarning, match='show_neighbours is now learn.show_neighbors'): assert len(trained.show_neighbours(0, k=3))==4
+    with pytest.warns(DeprecationWarning, match='draw_neighbours is now draw_neighbors'):
+        draw_neighbours(torch.rand(1,1,4,4), torch.rand(9,1,4,4), sims[:1], idxs[:1])
+    with pytest.warns(DeprecationWarning, match='show_neighbours is now learn.show_neighbors'):
+        assert len(trained.show_neighbours(0, k=3))==4
