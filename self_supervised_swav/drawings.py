@@ -18,7 +18,8 @@ def _escaped(c):
     "`c` as its escape; a byte that is not UTF-8, which Python keeps as U+DC80 to U+DCFF, as that byte"
     return f'\\x{ord(c)-0xdc00:02x}' if 0xdc80<=ord(c)<=0xdcff else c.encode('unicode_escape').decode()
 
-def _can_be_shown(c): return c.isprintable() or unicodedata.category(c)=='Zs' or c in '\u200c\u200d'  # any space, joiners
+def _can_be_shown(c):
+    return c.isprintable() or unicodedata.category(c)=='Zs' or c in '\u200c\u200d'  # any space, joiners
 
 def printable(
     text # A label, a file name, or anything else
@@ -70,7 +71,8 @@ def drawable(
     x:torch.Tensor # Images (n,C,h,w), in uint8 or [0,1]
 )->torch.Tensor:
     "Images with 1 or 3 channels, floats in [0,1]"
-    if x.ndim!=4 or not x.shape[1]: raise ValueError(f"images must have the shape (n,C,h,w) to be drawn, got {tuple(x.shape)}")
+    if x.ndim!=4 or not x.shape[1]:
+        raise ValueError(f"images must have the shape (n,C,h,w) to be drawn, got {tuple(x.shape)}")
     x = x.as_subclass(torch.Tensor).detach().cpu()
     x = (x/255 if x.dtype==torch.uint8 else x.float()).clamp(0, 1)
     return x.mean(1, keepdim=True) if x.shape[1]==2 else x[:,:3]
@@ -169,12 +171,15 @@ def draw_codes(
         if assigned: ax.bar([x-.2 for x in xs], codes[assign_ids.index(v),top].tolist(), .4, color='tab:blue')
         ax.bar([x+.2*assigned for x in xs], preds[v,top].tolist(), .4, color='tab:orange')
         loss = f', loss {-(codes[others]*logs[v]).sum(1).mean():.2f}' if others else ''
-        ax.text(.995, .97, f"{'has a code, and' if assigned else 'only'} predicts{loss}", transform=ax.transAxes, ha='right', va='top', fontsize=small)
-        ax.set(xticks=xs, xticklabels=top.tolist() if v==V-1 else [], xlim=(-.6,n_top-.4), ylim=(0,1.5*most), yticks=[0, round(most, 2)])
+        ax.text(.995, .97, f"{'has a code, and' if assigned else 'only'} predicts{loss}", transform=ax.transAxes,
+                ha='right', va='top', fontsize=small)
+        ax.set(xticks=xs, xticklabels=top.tolist() if v==V-1 else [], xlim=(-.6,n_top-.4), ylim=(0,1.5*most),
+               yticks=[0, round(most, 2)])
         ax.tick_params(labelsize=small)
         ax.spines[['top','right']].set_visible(False)
     axes[-1].set_xlabel(f'prototype: the {n_top} that matter most here, of {K}')
-    bars = [Patch(color='tab:blue', label='code: share that is assigned'),Patch(color='tab:orange', label='prediction: probability')]
+    bars = [Patch(color='tab:blue', label='code: share that is assigned'),
+            Patch(color='tab:orange', label='prediction: probability')]
     fig.legend(handles=bars, loc='outside lower center', ncols=2, fontsize=small, frameon=False)
     about = '; '.join(filter(None, [note, f'ln {K} = {math.log(K):.2f} is the loss of predicting nothing']))
     fig.suptitle(f'Crops of one image, their codes and predictions\n{about}', fontsize=small+1)

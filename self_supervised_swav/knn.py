@@ -11,7 +11,8 @@ import torch, torch.nn.functional as F
 # %% ../nbs/03_knn.ipynb #583b6819
 def _check_search(features, bank, k, chunk, own):
     for nm,t in dict(features=features, bank=bank).items():
-        if t.ndim != 2: raise ValueError(f"{nm} must have 2 dimensions, images and features, got shape {tuple(t.shape)}")
+        if t.ndim != 2:
+            raise ValueError(f"{nm} must have 2 dimensions, images and features, got shape {tuple(t.shape)}")
         if not all(o.isfinite().all() for o in t.split(1<<14)): raise ValueError(f"{nm} must be finite, got nan or inf")
     if features.shape[1] != bank.shape[1]:
         raise ValueError(f"features and bank must have the same width, got {features.shape[1]} and {bank.shape[1]}")
@@ -26,13 +27,16 @@ def _check_search(features, bank, k, chunk, own):
 
 def _check_votes(bank, labels, temp, n_classes):
     if labels.shape != bank.shape[:1]:
-        raise ValueError(f"labels must hold one class for each of the bank's {len(bank)} rows, got shape {tuple(labels.shape)}")
-    if labels.is_floating_point() or labels.is_complex(): raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise ValueError(f"labels must hold one class for each of the bank's {len(bank)} rows, "
+                         f"got shape {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
     if not temp > 0: raise ValueError(f"temp must be positive, got {temp}")
     if not len(bank): raise ValueError("bank must hold at least one row, got none")
     lo,hi = labels.min().item(),labels.max().item()
     if lo < 0: raise ValueError(f"labels must not be negative, got {lo}")
-    if n_classes is not None and hi >= n_classes: raise ValueError(f"labels must be less than n_classes={n_classes}, got {hi}")
+    if n_classes is not None and hi >= n_classes:
+        raise ValueError(f"labels must be less than n_classes={n_classes}, got {hi}")
     return n_classes or hi+1
 
 # %% ../nbs/03_knn.ipynb #845ce6e9

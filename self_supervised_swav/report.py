@@ -27,30 +27,39 @@ from .visualize import draw_embedding, draw_neighbors, project_features
 
 # %% ../nbs/35_report.ipynb #ae886759
 _css = """
-:root{color-scheme:light dark;--ink:#1c1e21;--soft:#5b6168;--paper:#fff;--card:#f4f5f7;--line:#d9dce1;--mark:#0b57d0;--bad:#b3261e;--shade:rgba(0,0,0,.28)}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a5abb3;--paper:#15171a;--card:#1f2226;--line:#383d44;--mark:#8ab4f8;--bad:#f2b8b5;--shade:rgba(255,255,255,.28)}}
+:root{color-scheme:light dark;--ink:#1c1e21;--soft:#5b6168;--paper:#fff;--card:#f4f5f7;
+ --line:#d9dce1;--mark:#0b57d0;--bad:#b3261e;--shade:rgba(0,0,0,.28)}
+@media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#a5abb3;--paper:#15171a;--card:#1f2226;
+ --line:#383d44;--mark:#8ab4f8;--bad:#f2b8b5;--shade:rgba(255,255,255,.28)}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,sans-serif;overflow-wrap:anywhere}
 header,main,footer{max-width:56rem;margin:0 auto;padding:0 1rem}
 h1{font-size:1.7rem;line-height:1.25;margin:1.6rem 0 .3rem}
 h2{font-size:1.25rem;margin:2.4rem 0 .6rem;border-top:1px solid var(--line);padding-top:1.2rem}
 h3{font-size:1rem;margin:1.4rem 0 .4rem}
-p{margin:.5rem 0;max-width:46rem} .soft,figcaption,footer,summary{color:var(--soft);font-size:.9rem} a{color:var(--mark)}
+p{margin:.5rem 0;max-width:46rem} a{color:var(--mark)}
+.soft,figcaption,footer,summary{color:var(--soft);font-size:.9rem}
 nav ul{padding:0;margin:.8rem 0;display:flex;flex-wrap:wrap;gap:.35rem 1.1rem;list-style:none}
 figure{margin:.8rem 0} figcaption{margin-top:.4rem;max-width:46rem}
 img{display:block;max-width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:6px}
-details{margin:.5rem 0} summary{cursor:pointer} ol{margin:.4rem 0;padding-left:2.4rem;columns:16rem auto} li{font-size:.85rem;break-inside:avoid}
+details{margin:.5rem 0} summary{cursor:pointer}
+ol{margin:.4rem 0;padding-left:2.4rem;columns:16rem auto} li{font-size:.85rem;break-inside:avoid}
 code{font-family:ui-monospace,monospace;font-size:.9em}
-pre{margin:.3rem 0 .9rem;padding:.6rem .8rem;background:var(--card);border:1px solid var(--line);border-radius:6px;white-space:pre-wrap}
+pre{margin:.3rem 0 .9rem;padding:.6rem .8rem;background:var(--card);
+ border:1px solid var(--line);border-radius:6px;white-space:pre-wrap}
 .scroll{overflow-x:auto;margin:.6rem 0;border:1px solid var(--line);border-radius:6px;background:
  linear-gradient(to right,var(--paper) 50%,transparent) left/3rem 100% no-repeat local,
  linear-gradient(to left,var(--paper) 50%,transparent) right/3rem 100% no-repeat local,
  linear-gradient(to right,var(--shade),transparent) left/1.1rem 100% no-repeat scroll,
  linear-gradient(to left,var(--shade),transparent) right/1.1rem 100% no-repeat scroll,var(--paper)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid var(--line)} tr:last-child>*{border-bottom:0}
-thead tr:last-child>*{border-bottom:2px solid var(--line);vertical-align:bottom} tbody th{font-weight:500;width:42%} td:nth-child(3){min-width:13rem}
-.numbers{font-size:.82rem} .numbers :is(td,th){text-align:right;white-space:nowrap;min-width:0;width:auto;padding:.25rem .5rem} .numbers thead th{white-space:normal;overflow-wrap:normal}
+th,td{text-align:left;vertical-align:top;padding:.3rem .6rem;border-bottom:1px solid var(--line)}
+tr:last-child>*{border-bottom:0}
+thead tr:last-child>*{border-bottom:2px solid var(--line);vertical-align:bottom}
+tbody th{font-weight:500;width:42%} td:nth-child(3){min-width:13rem}
+.numbers{font-size:.82rem}
+.numbers :is(td,th){text-align:right;white-space:nowrap;min-width:0;width:auto;padding:.25rem .5rem}
+.numbers thead th{white-space:normal;overflow-wrap:normal}
 .numbers :is(td,th):first-child{position:sticky;left:0;background:var(--paper);border-right:1px solid var(--line)}
 .alarm{border-left:4px solid var(--bad);background:var(--card);padding:.6rem .9rem;max-width:46rem}
 footer{margin-top:2.5rem;padding-bottom:2rem}
@@ -76,7 +85,7 @@ def _encoded(fig, dpi=160, most=250_000):
     "A figure as PNG, as JPEG where photographs make that too large; its width on the page"
     f,kind = io.BytesIO(),'png'
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # a script without a font here: the page has the name as text
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # no font for it: the page has the name as text
         fig.savefig(f, format='png', dpi=dpi, facecolor='white', bbox_inches='tight')  # nothing is cut off
     size,im = f.tell(),Image.open(f)
     if size>most:
@@ -84,7 +93,8 @@ def _encoded(fig, dpi=160, most=250_000):
         im.convert('RGB').save(f, 'jpeg', quality=85)
     return f'data:image/{kind};base64,{base64.b64encode(f.getvalue()).decode()}',round(.78*im.width)
 
-_text_sizes = dict(zip(('font.size','axes.titlesize','axes.labelsize','xtick.labelsize','ytick.labelsize'), (9,10,9,8,8)))
+_text_sizes = dict(zip(('font.size','axes.titlesize','axes.labelsize','xtick.labelsize','ytick.labelsize'),
+                       (9,10,9,8,8)))
 
 def _figure(picture):
     "What `picture` draws, or why it cannot be drawn"
@@ -100,20 +110,21 @@ def _drawn_files(fig):
     "The names of the files in a picture, which has room for a part of each only"
     files = [o for ax in fig.axes if (o := ax.get_label())]
     if not files: return []
-    return [h.Details(h.Summary(f'Names of these {len(files)} files, row by row'), h.Ol(*[h.Li(h.Code(o)) for o in files]))]
+    return [h.Details(h.Summary(f'Names of these {len(files)} files, row by row'),
+                      h.Ol(*[h.Li(h.Code(o)) for o in files]))]
 
 # %% ../nbs/35_report.ipynb #b48a432a
-def _value_text(v):
+def _setting_text(v):
     "A value in words"
     if isinstance(v, float): return f'{v:.4g}'
-    if isinstance(v, (list,tuple)): return ', '.join(map(_value_text, v))
+    if isinstance(v, (list,tuple)): return ', '.join(map(_setting_text, v))
     if isinstance(v, partial):
-        args = [*map(_value_text, v.args), *(f'{k}={_value_text(o)}' for k,o in v.keywords.items())]
-        return f"{_value_text(v.func)}({', '.join(args)})"
+        args = [*map(_setting_text, v.args), *(f'{k}={_setting_text(o)}' for k,o in v.keywords.items())]
+        return f"{_setting_text(v.func)}({', '.join(args)})"
     if callable(v) and hasattr(v, '__name__'): return v.__name__
     return 'none' if v is None else str(v)
 
-def _in_brackets(v): return f'({_value_text(v)})' if isinstance(v, (list,tuple)) else _value_text(v)
+def _in_brackets(v): return f'({_setting_text(v)})' if isinstance(v, (list,tuple)) else _setting_text(v)
 
 def _crop_rows(views):
     "A row for each transform that crops share"
@@ -123,22 +134,25 @@ def _crop_rows(views):
         off = {k[:-2] for k,v in settings.items() if k.endswith('_p') and not v}
         what = ', '.join(f'{k}={_in_brackets(v)}' for k,v in settings.items() if k.split('_')[0] not in off)
         name = 'crops' if len(ids)>1 else 'crop'
-        rows.append((f"{name} {', '.join(map(str, ids))}", ': '.join(filter(None, (px, what))) or 'a pipeline made by hand'))
+        rows.append((f"{name} {', '.join(map(str, ids))}",
+                     ': '.join(filter(None, (px, what))) or 'a pipeline made by hand'))
     return rows
 
 def _training_rows(learn):
     dls,lrs = learn.dls,getattr(getattr(learn, 'recorder', None), 'lrs', None)
     lr = ('learning rate, largest', max(lrs)) if lrs else ('learning rate', learn.lr)
     hypers = learn.opt.hypers[-1] if getattr(learn, 'opt', None) is not None else {}
-    rows = [('optimizer', learn.opt_func), lr, *((f'{k}, at the end', v) for k,v in hypers.items() if isinstance(v, (int,float)))]
+    rows = [('optimizer', learn.opt_func), lr,
+            *((f'{k}, at the end', v) for k,v in hypers.items() if isinstance(v, (int,float)))]
     if getattr(learn, 'n_epoch', None): rows.append(('epochs', learn.n_epoch))
-    rows += [('batch size', getattr(dls.train, 'bs', None)), ('device', getattr(dls, 'device', None)), ('callbacks', [o.name for o in learn.cbs])]
-    return [(k,_value_text(v)) for k,v in rows]
+    rows += [('batch size', getattr(dls.train, 'bs', None)), ('device', getattr(dls, 'device', None)),
+             ('callbacks', [o.name for o in learn.cbs])]
+    return [(k,_setting_text(v)) for k,v in rows]
 
 def _settings(learn):
     method = method_of(learn)
     tables = {
-        method.title: [(k,_value_text(v)) for k,v in method.settings().items()],
+        method.title: [(k,_setting_text(v)) for k,v in method.settings().items()],
         'Model': list(method.model_settings().items()),
         'Crops': _crop_rows(method.views),
         'Optimizer and data': _training_rows(learn)}
@@ -170,9 +184,11 @@ def _epochs_table(learn, most=60):
 def _alarms(learn):
     monitor = getattr(learn, 'collapse_monitor', None)
     if monitor is None:
-        return _soft('No CollapseMonitor took part: as a callback, it records signs of collapse in every step, and this page says what they mean.')
+        return _soft('No CollapseMonitor took part: as a callback, it records signs of collapse in every step, '
+                     'and this page says what they mean.')
     if not monitor.alarms: return _paragraph(monitor.verdict())
-    return [h.P(h.Strong(f'Step {step}.'), ' ', printable(text), cls='alarm', role='note') for step,text in monitor.alarms]
+    return [h.P(h.Strong(f'Step {step}.'), ' ', printable(text), cls='alarm', role='note')
+            for step,text in monitor.alarms]
 
 def _label_agreement(sample):
     "Share of images whose nearest image has the same label, and that of a pair of different images drawn at random"
@@ -181,42 +197,53 @@ def _label_agreement(sample):
     counts = y.bincount().double()
     return (y[near]==y).double().mean().item(),((counts*(counts-1)).sum()/(n*(n-1))).item()
 
+def _encoder_of(method): return encoder_name(getattr(method.bare_model, 'encoder', method.bare_model))
+
 def _summary(learn, sample, notes):
     dls,method,recorder = learn.dls,method_of(learn),getattr(learn, 'recorder', None)
     sizes = [getattr(dl, 'n', None) for dl in dls.loaders]
-    parts = [f"{'unknown number' if n is None else f'{n:,}'} {o}" for n,o in zip(sizes, ('for training','for validation'))]
+    parts = [f"{'unknown number' if n is None else f'{n:,}'} for {o}" for n,o in zip(sizes, ('training','validation'))]
     rows = [('written', time.strftime('%Y-%m-%d %H:%M')), ('method', method.title),
-            ('encoder', encoder_name(getattr(method.bare_model, 'encoder', method.bare_model))), ('images', ', '.join(parts))]
+            ('encoder', _encoder_of(method)), ('images', ', '.join(parts))]
     if sample is not None: rows.append(('images drawn and compared', sample.note))
     if getattr(recorder, 'values', None):
         done,last = len(recorder.values),recorder.log[-1]
         planned = f' of {learn.n_epoch}' if done<learn.n_epoch else ''
-        rows.append(('epochs', f'{done}{planned}'+(f', the last in {last} (minutes:seconds)' if isinstance(last, str) else '')))
+        rows.append(('epochs',
+                     f'{done}{planned}'+(f', the last in {last} (minutes:seconds)' if isinstance(last, str) else '')))
         if recorder.losses:
             loss,chance = f'{float(recorder.losses[-1]):.3f}',method.chance_loss
-            rows.append(('training loss, smoothed', loss+(f'; predicting nothing gives {chance[1]} = {chance[0]:.3f}' if chance else '')))
+            rows.append(('training loss, smoothed',
+                         loss+(f'; predicting nothing gives {chance[1]} = {chance[0]:.3f}' if chance else '')))
     if sample is not None and sample.labels is not None and len(sample.labels.unique())>1:
         share,chance = _label_agreement(sample)
         rows.append(('nearest image has the same label', f'{share:.1%}; by chance {chance:.1%}'))
-    return _html_table([*rows, *((k,_value_text(v)) for k,v in (notes or {}).items())], 'Summary')
+    return _html_table([*rows, *((k,_setting_text(v)) for k,v in (notes or {}).items())], 'Summary')
 
 # %% ../nbs/35_report.ipynb #0807c779
 def _next_steps(learn):
     "Pairs of what for and the lines of Python that do it"
     monitor,losses = getattr(learn, 'collapse_monitor', None),getattr(getattr(learn, 'recorder', None), 'losses', None)
     chance,steps = method_of(learn).chance_loss,[]
-    if monitor is not None and monitor.alarms: steps.append(('Change one setting as Alarms says, and train again.', None))
-    elif chance and losses and losses[-1]>=chance[0]: steps.append(('Train longer: the loss is not yet below that of predicting nothing.', None))
+    if monitor is not None and monitor.alarms:
+        steps.append(('Change one setting as Alarms says, and train again.', None))
+    elif chance and losses and losses[-1]>=chance[0]:
+        steps.append(('Train longer: the loss is not yet below that of predicting nothing.', None))
     return steps+[
         ('Keep the encoder:', "save_encoder(learn, 'encoder.safetensors')"),
         ('Features of images, a row for each:', 'features,_ = extract_features(learn, learn.dls.valid)'),
         ('See what it thinks is alike:', 'learn.show_neighbors([0,1,2], k=8)'),
         ('With labeled DataLoaders, measure what the features know about the labels:',
          'knn_accuracy(extract_features(learn, labeled.train), extract_features(learn, labeled.valid))'),
-        ('And train a classifier on a few labels:', 'few_label_learner(learn, few_label_splits(labeled, 10)).fine_tune(5)')]
+        ('And train a classifier on a few labels:',
+         'few_label_learner(learn, few_label_splits(labeled, 10)).fine_tune(5)')]
 
 def _what_now(steps):
-    return [o for text,command in steps for o in (_paragraph(text), *([h.Pre(h.Code('\n'.join(map(printable, command.split('\n')))))] if command else []))]
+    tags = []
+    for text,command in steps:
+        tags.append(_paragraph(text))
+        if command: tags.append(h.Pre(h.Code('\n'.join(map(printable, command.split('\n'))))))
+    return tags
 
 # %% ../nbs/35_report.ipynb #9b27dfa8
 def _crops_figure(method, fig, n=4):
@@ -229,10 +256,13 @@ def _run_pictures(learn, seed):
     method = method_of(learn)
     chance = f' It should come down from {method.chance_loss[1]}.' if method.chance_loss else ''
     return [
-        Picture('Training', learn.plot_training, 'Curves of the training over its steps: loss, signs of collapse, learning rate',
+        Picture('Training', learn.plot_training,
+                'Curves of the training over its steps: loss, signs of collapse, learning rate',
                 f'The loss of a run that learns falls.{chance} Below it, what the monitor recorded.'),
-        Picture('Crops', partial(_crops_figure, method), 'Crops of four training images, a row each, the large ones first',
-                'What the model sees: a row for each image. Can you still see in the small crops what you want to tell apart?')]
+        Picture('Crops', partial(_crops_figure, method),
+                'Crops of four training images, a row each, the large ones first',
+                'What the model sees: a row for each image. Can you still see in the small crops '
+                'what you want to tell apart?')]
 
 def _sample_pictures(sample, projection, seed):
     "Pictures that any features have"
@@ -243,11 +273,13 @@ def _sample_pictures(sample, projection, seed):
     def draw_nearest(fig):
         some = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:5].tolist()
         sims,idxs = nearest_neighbors(sample.features[some], sample.features, min(4, n-1), own=some)
-        of_some = ([o[i] for i in some] if o else None for o in (names,files))
-        own_names,own_files = of_some
-        return draw_neighbors(sample.images[some], sample.images, sims, idxs, own_names, names, sample.note, own_files, files, fig=fig)
+        own_names,own_files = ([o[i] for i in some] if o else None for o in (names,files))
+        return draw_neighbors(sample.images[some], sample.images, sims, idxs, own_names, names, sample.note, own_files,
+                              files, fig=fig)
     if sample.labels is None: how = 'A point is an image. There are no labels to color it by.'
-    else: how = 'A point is an image. Colors are labels, which the training has not seen: the more they part, the less a classifier has to do.'
+    else:
+        how = ('A point is an image. Colors are labels, which the training has not seen: the more they part, '
+               'the less a classifier has to do.')
     return [
         Picture('Map', draw_map, f'Scatter plot of the features of {sample.note} in two dimensions', how),
         Picture('Neighbors', draw_nearest, 'Images at the left, each with the images nearest to it',
@@ -268,7 +300,7 @@ def pretrain_report(self:Learner,
 )->Path: # The file
     "Write a page with pictures, settings and versions of a run"
     trained_by,start = method_of(self),time.time()
-    title = title or f"{trained_by.title}: {encoder_name(getattr(trained_by.bare_model, 'encoder', trained_by.bare_model))}"
+    title = title or f"{trained_by.title}: {_encoder_of(trained_by)}"
     if Path(path).is_dir(): raise IsADirectoryError(f"path must be a file to write, {path} is a folder")
     with atomic_path(path) as part, open(part, 'w', encoding='utf-8', errors='backslashreplace') as f:
         sample,missing = None,None
@@ -292,7 +324,8 @@ for _name in methods: setattr(Learner, f'{_name}_report', Learner.pretrain_repor
 def _page(title, sections, secs):
     ids = {name: re.sub(r'\W+', '-', name.lower()) for name in sections}
     nav = h.Nav(h.Ul(*[h.Li(h.A(name, href=f'#{i}')) for name,i in ids.items()]), aria_label='Sections')
-    body = [h.Section(h.H2(name, id=f'h-{ids[name]}'), *(o if isinstance(o, list) else [o]), id=ids[name], aria_labelledby=f'h-{ids[name]}')
+    body = [h.Section(h.H2(name, id=f'h-{ids[name]}'), *(o if isinstance(o, list) else [o]), id=ids[name],
+                      aria_labelledby=f'h-{ids[name]}')
             for name,o in sections.items()]
     head = h.Head(h.Meta(charset='utf-8'), h.Meta(name='viewport', content='width=device-width, initial-scale=1'),
                   h.Title(printable(title)), h.Style(h.Safe(_css)))

@@ -152,7 +152,7 @@ def sample_images(self:Learner,
     ds_idx:int=0, # Which DataLoader of `dls`: 0 the training set, 1 the validation set
     dl=None, # Or this DataLoader
     max_images:int=5000, # Images, at most
-    labels=None, # None: those of the data, if any; False: none; True: those of the data must be there; or one for each image
+    labels=None, # None: those of the data, if any; False: none; True: they must be there; or one for each image
     seed:int=0, # Which images, where there are more
     progress:bool=False # Show a progress bar?
 )->ImageSample:

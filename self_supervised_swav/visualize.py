@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.learner import Learner
-from .drawings import check_finite, draw_codes, draw_image, draw_prototypes, new_axes, shortened, small
+from .drawings import (
+    check_finite, draw_codes, draw_image, draw_prototypes, new_axes, shortened, small)
 from .knn import nearest_neighbors
 from .multiview import MultiView, method_of
 from .samples import ImageSample, batch_with, image_query
@@ -21,7 +22,8 @@ from .samples import ImageSample, batch_with, image_query
 def _method_that(learn, can, what):
     "The method of `learn`, if it has the attribute `can`"
     method = method_of(learn)
-    if not hasattr(method, can): raise ValueError(f"learn must have a method with {what}, such as SWAV, got {method.title}")
+    if not hasattr(method, can):
+        raise ValueError(f"learn must have a method with {what}, such as SWAV, got {method.title}")
     return method
 
 @patch
@@ -58,6 +60,8 @@ def _running_mean(ys, size):
     lo,hi = (i-size//2).clamp(min=0),(i+size//2+1).clamp(max=len(ys))
     return (total[hi]-total[lo])/(hi-lo)
 
+_line_colors = [f'tab:{o}' for o in ('red','green','purple','brown','cyan','olive')]
+
 def _draw_losses(ax, losses, smoothed, valid, chance):
     if smoothed: _draw_line(ax, losses, 'training, smoothed', color='tab:blue')
     else:
@@ -85,7 +89,7 @@ def draw_training(
     fig,axes = new_axes(n_panels, 1, figsize or (4.8, .6+1.75*n_panels), fig, sharex=True, height_ratios=heights)
     _draw_losses(axes[0], losses, smoothed, valid, chance)
     for ax,(ylabel,lines) in zip(axes[1:], signs.items()):
-        for (label,ys),color in zip(lines.items(), ('tab:red','tab:green','tab:purple','tab:brown','tab:cyan','tab:olive')):
+        for (label,ys),color in zip(lines.items(), _line_colors):
             _draw_line(ax, ys, label, color=color)
         ax.set_ylabel(ylabel)
         if all(0<=y<=1 for ys in lines.values() for y in ys): ax.set_ylim(-.03, 1.08)
@@ -93,7 +97,8 @@ def draw_training(
         _draw_line(axes[-1], lrs, 'of the last group of parameters', color='tab:gray')
         axes[-1].set(ylabel='learning rate', ylim=(0,None))
     for (what,step),color in zip((marks or {}).items(), ('black','tab:brown','tab:pink')):
-        for a in axes: a.axvline(step, color=color, lw=1, ls=':', label=f'{what}: step {step}' if a is axes[0] else None)
+        for a in axes:
+            a.axvline(step, color=color, lw=1, ls=':', label=f'{what}: step {step}' if a is axes[0] else None)
     for a in axes:
         a.legend(loc='lower left', bbox_to_anchor=(0,1), ncols=2, fontsize=small, frameon=False, borderpad=.2,
                  columnspacing=1, handlelength=1.4)  # above the axes: it covers nothing
@@ -118,11 +123,13 @@ def _curves_of(learn):
     recorder,monitor = (getattr(learn, o, None) for o in ('recorder','collapse_monitor'))
     smooth,lrs = ([float(v) for v in getattr(recorder, o, [])] for o in ('losses','lrs'))
     losses,history = (monitor.losses,monitor.history) if monitor is not None and monitor.losses else (smooth,{})
-    if not losses: raise ValueError("learn has no curves: neither its Recorder nor a CollapseMonitor has seen a training step")
+    if not losses:
+        raise ValueError("learn has no curves: neither its Recorder nor a CollapseMonitor has seen a training step")
     args = dict(losses=losses, smoothed=not history, valid=_validation_losses(recorder), lrs=lrs)
     if not any(isinstance(cb, MultiView) for cb in learn.cbs): return args
     method = method_of(learn)
-    signs = {label: {text: history[n] for n,text in lines.items() if n in history} for label,lines in method.curves.items()}
+    signs = {label: {text: history[n] for n,text in lines.items() if n in history}
+             for label,lines in method.curves.items()}
     marks = {what: step for what,step in method.marks(history).items() if 0<step<len(losses)}
     return args | dict(chance=method.chance_loss, signs={k:v for k,v in signs.items() if v}, marks=marks)
 
@@ -149,7 +156,8 @@ def project_features(
     if method!='pca' and (method=='umap' or len(x)>15):
         try: from umap import UMAP
         except ImportError:
-            if method=='umap': raise ImportError("method='umap' needs the package umap-learn: pip install umap-learn") from None
+            if method=='umap':
+                raise ImportError("method='umap' needs the package umap-learn: pip install umap-learn") from None
         else:
             umap = UMAP(metric='cosine', random_state=seed, n_jobs=1, n_neighbors=min(15, len(x)-1))
             return torch.as_tensor(umap.fit_transform(x.float().numpy())),('UMAP 1','UMAP 2')
@@ -164,10 +172,11 @@ def project_features(
     return (xy*torch.where(top==0, 1., top)).float(),names
 
 # %% ../nbs/34_visualize.ipynb #eadd1242
-def _class_colors(n): return plt.get_cmap('tab10') if n<=10 else plt.get_cmap('tab20') if n<=20 else plt.get_cmap('turbo', n)
+def _class_colors(n):
+    return plt.get_cmap('tab10') if n<=10 else plt.get_cmap('tab20') if n<=20 else plt.get_cmap('turbo', n)
 
 def _class_legend(ax, names, colors):
-    "A legend whose texts are shown as they are: matplotlib leaves out a label that begins with _, and reads $ as a formula"
+    "A legend with texts as they are: matplotlib leaves out a label that begins with _, and reads $ as a formula"
     dots = [Line2D([], [], ls='', marker='o', color=colors(i)) for i in range(len(names))]
     legend = ax.legend(dots, ['']*len(dots), loc='center left', bbox_to_anchor=(1,.5), fontsize=small, frameon=False)
     for text,name in zip(legend.get_texts(), names):
@@ -204,14 +213,15 @@ def draw_embedding(
 @delegates(draw_embedding, but=['vocab','names','note'])
 def plot_embedding(self:Learner,
     method:str='auto', # 'pca', 'umap', or 'auto': UMAP where it is installed
-    labels=None, # None: those of the data, if any; False: none; True: they must be there; or one for each image of the data set
+    labels=None, # None: those of the data, if any; False: none; True: they must be there; or one for each image
     sample:ImageSample|None=None, # From `sample_images` (default: a new one)
     max_images:int=5000, # Images of a new one, at most
     **kwargs
 ): # The axes
     "Plot a map of the features"
     if sample is None: sample = self.sample_images(max_images=max_images, labels=labels)
-    elif labels is True and sample.labels is None: raise ValueError("labels=True needs a sample with labels, got one without")
+    elif labels is True and sample.labels is None:
+        raise ValueError("labels=True needs a sample with labels, got one without")
     xy,names = project_features(sample.features, method)
     return draw_embedding(xy, None if labels is False else sample.labels, sample.vocab, names, sample.note, **kwargs)
 
@@ -253,7 +263,7 @@ def draw_neighbors(
 @patch
 @delegates(draw_neighbors, but=['query_names','names','note','query_files','files'])
 def show_neighbors(self:Learner,
-    image=0, # Index into the data set of the sample, an image as the data's transforms take it (a file, for instance), or a list of them
+    image=0, # Index into the data set of the sample, an image as the data takes it (such as a file), or a list of them
     k:int=8, # Neighbors
     sample:ImageSample|None=None, # Where to look, from `sample_images` (default: a new one)
     max_images:int=5000, # Images of a new one, at most
@@ -265,7 +275,8 @@ def show_neighbors(self:Learner,
     images,features,own_names,own,own_files = zip(*(image_query(self, o, sample) for o in asked))
     sims,idxs = nearest_neighbors(torch.stack(features), sample.features, k, own=own)
     names,files = sample.names,sample.file_names
-    return draw_neighbors(images, sample.images, sims, idxs, names and own_names, names, sample.note, files and own_files, files, **kwargs)
+    return draw_neighbors(images, sample.images, sims, idxs, names and own_names, names, sample.note,
+                          files and own_files, files, **kwargs)
 
 # %% ../nbs/34_visualize.ipynb #584cd1c0
 @patch
