@@ -64,6 +64,7 @@ class PretrainArgs(ImageArgs):
     source:str # Folder of images, searched recursively; or 'digits' or 'fashion-mnist'
     out:str = option(metavar='FOLDER') # Folder of the run (default: runs/ and the name of the source)
     arch:str = option(metavar='NAME') # Architecture of the encoder: a name of timm, torchvision or fastai (default: resnet18, a smaller one for digits and fashion-mnist)
+    method:str = option('swav', metavar='NAME') # Method: swav, or another one that the package has, such as simclr
     size:int = option(metavar='PX') # Size of the images (default: their own, at most 320)
     n_in:int = option(metavar='N') # Channels of the images: 3 for color, 1 for gray (default: as the images)
     epochs:int = option(metavar='N') # Epochs (default: from the number of images)

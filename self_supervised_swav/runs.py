@@ -21,7 +21,7 @@ from .checkpoints import save_encoder
 from .data import random_split, subset
 from .evaluate import KNNMetric
 from .files import atomic_path, check_writable, has_state, write_json
-from .learner import swav_learner
+from .learner import pretrain_learner
 from .multiview import method_of
 from . import report  # noqa: F401  it patches Learner
 from .resume import ResumeTraining, TrainingStopped
@@ -30,7 +30,7 @@ from .sources import ImageSource
 # %% ../nbs/37_runs.ipynb #d0bed74a
 def parse_settings(
     settings # Strings 'name=value', 'encoder.name=value'
-)->tuple: # Arguments of the encoder, and of `swav_learner`
+)->tuple: # Arguments of the encoder, and of `pretrain_learner`
     "Settings given as text"
     encoder,given = {},{}
     for o in settings:
@@ -178,9 +178,9 @@ class PretrainRun:
             encoder = preset | encoder
         dls = self._make_dls(labelled=images.files is None)
         cbs = self._make_callbacks(dls)
-        try: learn = swav_learner(dls, a.arch or 'resnet18', encoder=encoder, cbs=cbs, **flips | given)
+        try: learn = pretrain_learner(dls, a.arch or 'resnet18', a.method, encoder, cbs=cbs, **flips | given)
         except TypeError as e:
-            if 'has no setting' in str(e) or 'takes no argument' in str(e): raise ValueError(f"{e}".replace('swav_learner', '--set')) from e
+            if 'has no setting' in str(e) or 'takes no argument' in str(e): raise ValueError(f"{e}".replace(f'{a.method}_learner', '--set')) from e
             raise
         learn.recipe.reasons |= dict.fromkeys(chosen, f'chosen for {a.source}')
         return learn

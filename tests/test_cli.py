@@ -90,10 +90,17 @@ def test_stopped_runs_go_on(tmp_path, command, monkeypatch):
     before = (out/'last.pth').read_bytes()
     assert command('pretrain', 'digits', '--out', out, '--resume')[0]==0 and (out/'last.pth').read_bytes()==before  # finished
 
+def test_another_method(tmp_path, command):
+    code,said,err = command('pretrain', 'digits', '--method', 'simclr', '--epochs', 1, '--out', tmp_path/'run',
+                             *(o for o in tiny if not o.startswith(('n_protos','num_crops'))))
+    assert code==0 and 'simclr.temp' in said, err
+    assert 'SimCLR: digits' in (tmp_path/'run'/'report.html').read_text()
+
 @pytest.mark.parametrize('args,match', [
     (['nowhere'], 'source must be a folder'), (['empty'], 'no image files found in'), (['junk'], 'not readable images'), (['junk','--skip-bad'], 'no readable image in'),
     (['digits','--resume'], 'no checkpoint in'), (['digits','--arch','resnet_18'], 'close ones: resnet18'), (['digits','--set','n_proto=3'], "did you mean 'n_protos'"), (['digits','--set','encoder.layer=3'], "--arch 'resnet18' takes no argument 'layer'"),
     (['digits','--set','eps'], 'name=value'), (['digits','--set','eps=-1'], 'eps must be positive'), (['digits','--epochs','0'], '--epochs must be a whole number, at least 1'),
+    (['digits','--method','dino'], "must be one of 'swav'"),
     (['digits','--n-in','3'], '--n-in must be 1 for digits'), (['digits','--valid-pct','1.5'], '--valid-pct must be')])
 def test_refused(tmp_path, monkeypatch, command, args, match):
     "A line on stderr, exit code 2, and nothing written"
