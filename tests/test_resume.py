@@ -7,6 +7,7 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
 from fastai.data.core import DataLoaders, TfmdDL
@@ -19,10 +20,11 @@ from torch import nn
 
 from helpers import digits, seed_all, small_augs, small_learner
 from test_distributed import ctx, run_ranks
-from self_supervised_swav import files, resume
+from self_supervised_swav import files
+from self_supervised_swav.feed import get_rng_state
 from self_supervised_swav.files import read_state, write_state
 from self_supervised_swav.optimizer import lars
-from self_supervised_swav.resume import ResumeTraining, TrainingStopped
+from self_supervised_swav.resume import ResumeTraining, TrainingStopped, fit_progress
 
 
 class Noisy:
@@ -60,7 +62,7 @@ def flat(o):
 def result(learn):
     rec = learn.recorder
     return dict(weights=flat(learn.model.state_dict()), losses=flat(rec.losses), lrs=flat(rec.lrs), values=flat(rec.values), iters=flat(rec.iters),
-                hps=flat(getattr(rec, 'hps', {})), opt=flat(learn.opt.state_dict()), rng=flat(resume._get_rng()),
+                hps=flat(getattr(rec, 'hps', {})), opt=flat(learn.opt.state_dict()), rng=flat(get_rng_state()),
                 loaders=[flat(getattr(dl, 'rng', random).getstate()) for dl in learn.dls.loaders])
 
 class PowerCut(BaseException): pass
@@ -271,6 +273,139 @@ def test_swav_with_other_crops_is_refused(tmp_path):
     learn = make_swav(tmp_path/'last.pth')
     learn.swav.aug_pipelines = small_augs(crop_sizes=(16, 8)); learn.swav.temp = 0.2
     with pytest.raises(ValueError, match=r'(?s)swav.aug_pipelines.2.: .*size=10.*size=8.*swav.temp: 0.1 in the file, 0.2 here'): learn.fit(1)
+
+
+# ---- more epochs
+
+def extend(path, n_epoch=4, fit='fit_one_cycle', cut=None, **kwargs):
+    "A fit of two epochs, then another script that extends it to `n_epoch`"
+    first = make(path, **kwargs)
+    getattr(first, fit)(2, 0.02)
+    learn = make(path, seed=5, **kwargs)
+    learn.resume_training.extend = True
+    if cut: cut_after(learn, cut)
+    getattr(learn, fit)(n_epoch, 0.02)
+    return learn
+
+def test_extending_is_another_fit_of_the_same_learner(tmp_path):
+    "Weights, momentum and random numbers go on; a constant rate stays"
+    learn = extend(tmp_path/'last.pth', fit='fit')
+    twice = make(tmp_path/'other.pth')
+    twice.remove_cb(twice.resume_training)
+    for _ in range(2): twice.fit(2, 0.02)
+    assert flat(learn.model.state_dict()) == flat(twice.model.state_dict()) and flat(learn.opt.state_dict()) == flat(twice.opt.state_dict())
+    assert len(learn.recorder.losses) == 4*6 and len(learn.recorder.values) == 4
+
+@pytest.mark.parametrize('fit', ['fit_one_cycle','fit_warmup_cos'])
+def test_schedule_of_an_extension(tmp_path, fit):
+    "It runs once more, from its low beginning to its low end, over the added epochs"
+    learn = extend(tmp_path/'last.pth', fit=fit)
+    one = make(tmp_path/'other.pth'); getattr(one, fit)(2, 0.02)
+    first,second = learn.recorder.lrs[:12],learn.recorder.lrs[12:]
+    assert first == one.recorder.lrs and learn.recorder.hps['lr'] == learn.recorder.lrs
+    # the shares of the cycle are sums of 12 terms there and quotients here, so they differ by less than 12 eps of float64;
+    # the steepest schedule, the warm-up, multiplies that by less than 100
+    if fit=='fit_one_cycle': np.testing.assert_allclose(second, first, rtol=0, atol=0.02*100*12*np.finfo(float).eps)
+    assert second[0] < 0.002 and max(second) > 0.018 and second[-1] < 0.002
+
+def test_an_extension_that_is_stopped(tmp_path):
+    "It resumes bit for bit, with and without `extend`, and is finished once it is finished"
+    whole = extend(tmp_path/'whole.pth', every=1)
+    with pytest.raises(PowerCut): extend(tmp_path/'cut.pth', every=1, cut=9)
+    for seed,again in enumerate((True,False)):
+        learn = make(tmp_path/'cut.pth', seed=seed, every=1)
+        learn.resume_training.extend = again
+        if again: cut_after(learn, 8)
+        if again:
+            with pytest.raises(PowerCut): learn.fit_one_cycle(4, 0.02)
+        else: learn.fit_one_cycle(4, 0.02)
+    got,want = result(learn),result(whole)
+    assert not [k for k in want if got[k] != want[k]]
+    written = (tmp_path/'cut.pth').read_bytes()
+    for again in (True,False):
+        learn = make(tmp_path/'cut.pth', seed=7, every=1)
+        learn.resume_training.extend = again
+        learn.fit_one_cycle(4, 0.02)
+        got = result(learn)
+        assert not [k for k in want if got[k] != want[k]] and (tmp_path/'cut.pth').read_bytes() == written
+
+def test_extending_twice(tmp_path):
+    extend(tmp_path/'last.pth')
+    learn = make(tmp_path/'last.pth', seed=8)
+    learn.resume_training.extend = True
+    learn.fit_one_cycle(5, 0.01)                              # a lower rate, too
+    lrs = learn.recorder.lrs
+    assert len(lrs) == 30 and 0.018 < max(lrs[12:24]) and 0.008 < max(lrs[24:]) <= 0.01
+
+def test_schedules_are_left_as_they_were(tmp_path):
+    sched = ParamScheduler({'lr': lambda pct: 0.01*(1-pct)})
+    learn = make(tmp_path/'a.pth', cbs=[sched]); learn.fit(1)
+    scheds,learn = sched.scheds,make(tmp_path/'a.pth', cbs=[sched])
+    learn.resume_training.extend = True
+    learn.fit(2)
+    # shares of the fit are sums of 6 terms in the first fit, quotients in the second
+    assert sched.scheds is scheds and learn.recorder.lrs[6:] == pytest.approx(learn.recorder.lrs[:6], rel=0, abs=0.01*6*np.finfo(float).eps)
+
+def test_swav_extension(tmp_path):
+    "The queue stays in use and the prototypes stay free, although their shares of the longer fit are not reached yet"
+    path,used,frozen = tmp_path/'last.pth',[],[]
+    def fit(n_epoch):
+        learn = make_swav(path)
+        learn.resume_training.extend = path.exists()
+        class Watch(Callback):
+            def after_loss(self):
+                if self.training: used.append(self.swav.uses_queue)
+            def after_step(self): frozen.append(self.learn.model.prototypes.weight.grad is None)
+        learn.fit_warmup_cos(n_epoch, 0.6, cbs=Watch())
+    fit(3)
+    assert used == [False]*8+[True]*7 and frozen == [True]*5+[False]*10       # of 15 steps: half, rounded to even, and a third
+    fit(12)
+    assert used[15:] == [True]*45 and frozen[15:] == [False]*45
+
+@pytest.mark.parametrize('first,n_epoch,kwargs,said', [
+    (None, 4, {}, 'extend=True needs a finished fit, but there is no '),
+    ('cut', 4, {}, 'is at epoch 1 of 2: let it finish with n_epoch=2 first'),
+    ('done', 1, {}, 'n_epoch must be more than the 2 epochs that are done in .*, got 1'),
+    ('done', 4, dict(bs=5), 'batch_size: 4 in the file, 5 here'),
+    ('done', 4, dict(net=partial(make_net, 7)), 'model.0.weight'),
+], ids=['nothing','not finished','fewer','batch size','model'])
+def test_extensions_that_are_refused(tmp_path, first, n_epoch, kwargs, said):
+    path = tmp_path/'last.pth'
+    if first:
+        learn = make(path)
+        if first=='cut': cut_after(learn, 15)
+        try: learn.fit_one_cycle(2, 0.02)
+        except PowerCut: pass
+    learn = make(path, seed=3, **kwargs)
+    learn.resume_training.extend = True
+    weights,written = flat(learn.model.state_dict()),path.exists() and path.read_bytes()
+    with pytest.raises(ValueError, match=said): learn.fit_one_cycle(n_epoch, 0.02)
+    assert flat(learn.model.state_dict()) == weights and (path.exists() and path.read_bytes()) == written
+
+def test_more_epochs_without_extend_says_how(tmp_path):
+    make(tmp_path/'last.pth').fit(2)
+    with pytest.raises(ValueError, match='extend=True goes on from its 2 epochs to 4'): make(tmp_path/'last.pth').fit(4)
+
+def test_extension_of_a_fit_that_was_stopped_early(tmp_path):
+    cbs = lambda: [EarlyStoppingCallback(min_delta=1e9)]       # nothing is good enough
+    make(tmp_path/'last.pth', cbs=cbs()).fit(5)
+    assert fit_progress(tmp_path/'last.pth') == (2, 0, 5, True)
+    learn = make(tmp_path/'last.pth', cbs=cbs())
+    learn.early_stopping.run = False
+    learn.resume_training.extend = True
+    learn.fit(7)
+    assert 2 < len(learn.recorder.values) <= 7
+
+def test_progress(tmp_path):
+    path = tmp_path/'last.pth'
+    assert fit_progress(path) is None
+    learn = make(path); cut_after(learn, 17)
+    with pytest.raises(PowerCut): learn.fit(3)
+    assert fit_progress(path) == (1, 4, 3, False)
+    make(path).fit(3)
+    assert fit_progress(path) == (3, 0, 3, True)
+    torch.save({'model': {}}, path)
+    with pytest.raises(ValueError, match='not a file of ResumeTraining'): fit_progress(path)
 
 
 # ---- several processes
