@@ -6,6 +6,7 @@
 __all__ = ['swapped_loss']
 
 # %% ../nbs/01_losses.ipynb #94eae3d9
+import math
 import torch
 
 # %% ../nbs/01_losses.ipynb #1274375e
@@ -13,19 +14,20 @@ class _SwappedLoss(torch.autograd.Function):
     "Value and gradient in one pass over the scores"
     @staticmethod
     def forward(ctx, scores, codes, *settings):
-        ctx.grad,ctx.settings = _empty(scores) if ctx.needs_input_grad[0] else None,settings
+        ctx.grad = _empty(scores) if ctx.needs_input_grad[0] else None
+        ctx.settings = settings
         ctx.save_for_backward(scores, codes)
-        return _loss_and_grad(scores, codes, *settings, ctx.grad)
+        return _write_grad_and_get_loss(scores, codes, *settings, ctx.grad)
 
     @staticmethod
     def backward(ctx, grad_output):
         scores,codes = ctx.saved_tensors
-        grad,ctx.grad = ctx.grad,None
+        grad,ctx.grad = ctx.grad,None  # the caller owns it from here on
         with torch.no_grad():
-            if grad is None:  # an earlier backward took it along
+            if grad is None:  # an earlier backward pass has taken it
                 grad = _empty(scores)
-                _loss_and_grad(scores, codes, *ctx.settings, grad)
-            if grad.device.type!='cpu' or grad_output!=1: grad.mul_(grad_output)  # a look is cheap there
+                _write_grad_and_get_loss(scores, codes, *ctx.settings, grad)
+            if grad.device.type!='cpu' or grad_output!=1: grad.mul_(grad_output)  # reading a number is cheap on a CPU
         return (_FirstOnly.apply(grad, scores) if torch.is_grad_enabled() else grad),None,None,None,None
 
 def _empty(x): return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -38,24 +40,29 @@ class _FirstOnly(torch.autograd.Function):
     def backward(ctx, *_):
         raise RuntimeError("swapped_loss has no second derivative: its gradient is computed without a graph")
 
+_ln2 = math.log(2)    # exponentials are powers of two, e^x = 2^(x/ln 2), which is the faster function on many processors
 _max_exponent = 40.  # its exponential, and a sum of millions of them, is far from float32's limits in both directions
 
-def _loss_and_grad(scores, codes, assign_ids, temp, bound, grad=None):
+def _write_grad_and_get_loss(scores, codes, assign_ids, temp, bound, grad=None):
     "The loss; its gradient is written into `grad` where one is given"
     V,B,_ = scores.shape
     scale = 1/(len(assign_ids)*(V-1)*B)
     target,mass = codes.sum(0),codes.sum(2)
-    weight = mass.sum(0).repeat(V, 1)
+    weight = mass.sum(0).repeat(V, 1)  # m_v of every crop
     for v,m in zip(assign_ids, mass): weight[v] -= m
-    if bound is not None and bound/temp<=_max_exponent: top,p = 0.,torch.mul(scores, 1/temp, out=grad).exp_()
+    # p: the exponentials, in the gradient's memory if there is one
+    if bound is not None and bound/temp<=_max_exponent:
+        top = 0.
+        p = torch.mul(scores, 1/(temp*_ln2), out=grad).exp2_()
     else:
-        top = scores.amax(2, keepdim=True).mul_(1/temp)
-        p = torch.add(-top, scores, alpha=1/temp, out=grad).exp_()
+        top = scores.amax(2, keepdim=True)
+        p = torch.sub(scores, top, out=grad).mul_(1/(temp*_ln2)).exp2_()
+        top = top/temp
     norm = p.sum(2, keepdim=True)
     cross = torch.einsum('bk,vbk->vb', target, scores)
     for v,q in zip(assign_ids, codes): cross[v] -= torch.linalg.vecdot(q, scores[v])
     loss = (weight*(norm.log() + top)[...,0]).sub_(cross, alpha=1/temp).sum()
-    if grad is not None:
+    if grad is not None:  # p becomes the gradient, in place; target and weight are not needed any more
         torch.addcmul(target.mul_(-scale/temp), p, weight[...,None].mul_(scale/temp)/norm, out=p)
         for v,q in zip(assign_ids, codes): p[v].add_(q, alpha=scale/temp)
     return loss.mul_(scale)
@@ -66,7 +73,7 @@ def swapped_loss(
     codes:torch.Tensor, # (A,B,K) codes of the A assigned crops; taken as constants
     assign_ids, # Which crops the codes are of: A different indices into 0..V-1
     temp:float=0.1, # Softmax temperature tau, positive
-    bound:float|None=None # Known bound on |scores|, 1 for unit norms; None: look
+    bound:float|None=None # Known bound on |scores|, 1 for unit norms; None: look for it
 )->torch.Tensor: # Mean cross entropy over pairs and images, a float32 scalar (float64 for float64 scores)
     "Cross entropy of every other crop's prediction against each code (Caron et al. 2020, Eq. 1-4)"
     assign_ids = tuple(assign_ids)

@@ -2,6 +2,7 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from lightly.loss import SwaVLoss
+from helpers import rounding
 from self_supervised_swav.losses import swapped_loss
 from self_supervised_swav.sinkhorn import sinkhorn
 
@@ -41,7 +42,7 @@ def test_equals_lightly(n_queue):
     def ours(s):
         codes = torch.stack([sinkhorn(torch.cat([s[i].detach(), queue[i]]))[:B] for i in (0,1)])
         return swapped_loss(s, codes, (0,1), .1)
-    for a,b in zip(loss_and_grad(ours, scores), loss_and_grad(theirs, scores)): torch.testing.assert_close(a, b.view_as(a), atol=1e-5, rtol=1e-5)
+    for a,b in zip(loss_and_grad(ours, scores), loss_and_grad(theirs, scores)): torch.testing.assert_close(a, b.view_as(a), atol=rounding(torch.float32, K+20, 1/.1), rtol=0)  # scores/temp up to 10, sums of K terms
 
 def test_retained_graph_and_second_derivative():
     scores,codes = torch.randn(4, 10, 6),torch.rand(2, 10, 6).softmax(-1)
@@ -62,7 +63,9 @@ def test_bound_is_as_exact(temp):
     scores[2,2,0] = 1.
     want = loss_and_grad(lambda s: by_pairs(s, codes.double(), (0,1), temp), scores.double())
     for bound in (None,1.):
-        for a,b in zip(loss_and_grad(lambda s: swapped_loss(s, codes, (0,1), temp, bound), scores), want): torch.testing.assert_close(a.double(), b, atol=1e-7, rtol=2e-6)
+        got = loss_and_grad(lambda s: swapped_loss(s, codes, (0,1), temp, bound), scores)
+        # exponents up to 1/temp are known to a few of their roundings, and there are sums of 300 terms
+        for a,b in zip(got, want): torch.testing.assert_close(a.double(), b, atol=1e-7, rtol=rounding(torch.float32, int(300+4/temp+20)))
 
 def test_float32_from_half_and_no_gradient_to_codes():
     scores,codes = torch.randn(3, 4, 5),torch.rand(2, 4, 5, requires_grad=True)
