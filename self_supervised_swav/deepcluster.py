@@ -96,11 +96,12 @@ class DeepClusterV2(MultiView):
     name,title = 'deepclusterv2','DeepCluster-v2'
     signs = 'loss/lnK','cluster_entropy','feature_spread'
     columns = (*signs,'effective_rank')
-    curves = {'share': dict(cluster_entropy='evenness of clusters (1: all of one size)', feature_spread='spread of embeddings')}
+    curves = {'share': dict(cluster_entropy='evenness of clusters (1: all of one size)', feature_spread='spread of '
+                                                                                                        'embeddings')}
     min_nats,min_spread,min_evenness = 0.05,0.05,0.3  # thresholds of `judge`
 
     def __init__(self,
-        aug_pipelines=None, # Required: one fastai `Pipeline` for each crop, as `get_deepcluster_aug_pipelines` gives them
+        aug_pipelines=None, # Required: one fastai `Pipeline` for each crop: `get_deepcluster_aug_pipelines`
         crop_assgn_ids=(0,1), # Which crops are clustered: indices into `aug_pipelines`
         temp:float=0.1, # Softmax temperature of the predictions, positive
         n_kmeans_iter:int=10, # Iterations of k-means before each epoch, at least 1
@@ -111,7 +112,8 @@ class DeepClusterV2(MultiView):
         super().__init__(aug_pipelines, print_augs)
         ids = list(crop_assgn_ids)
         if not ids or len(set(ids))!=len(ids) or not all(isinstance(i, int) and 0<=i<self.n_views for i in ids):
-            raise ValueError(f"crop_assgn_ids must be different indices of the {self.n_views} crops, at least one, got {ids}")
+            raise ValueError(f"crop_assgn_ids must be different indices of the {self.n_views} crops, at least one, "
+                             f"got {ids}")
         if not temp>0: raise ValueError(f"temp must be positive, got {temp}")
         if not (isinstance(n_kmeans_iter, int) and n_kmeans_iter>0):
             raise ValueError(f"n_kmeans_iter must be a whole number, at least 1, got {n_kmeans_iter}")
@@ -126,20 +128,23 @@ class DeepClusterV2(MultiView):
         super().before_fit()
         model,dl = self.bare_model,self.dls.train
         if not isinstance(model, DeepClusterModel):
-            raise TypeError(f"model must be a DeepClusterModel, as create_deepcluster_model gives, got {type(model).__name__}")
+            raise TypeError("model must be a DeepClusterModel, as create_deepcluster_model gives, got "
+                            f"{type(model).__name__}")
         if self._whole_images: return
         if not hasattr(dl, 'get_idxs') or not hasattr(dl.dataset, '__len__') or not getattr(dl, 'bs', None):
             raise TypeError("dls.train must be a fastai DataLoader of a data set of known length, in batches: "
                             f"DeepClusterV2 remembers each image by its index, got {type(dl).__name__}")
         n = len(dl.dataset)
-        if max(model.n_protos)>n: raise ValueError(f"n_protos must be at most the number of training images, {n}, got {model.n_protos}")
+        if max(model.n_protos)>n:
+            raise ValueError(f"n_protos must be at most the number of training images, {n}, got {model.n_protos}")
         self._forget()
 
     def check_pred(self, pred):
         n = 2*self.n_views
         wanted = [(n,self._width),(n,sum(self.bare_model.n_protos))]
         got = [tuple(o.shape) for o in pred] if isinstance(pred, tuple) else type(pred).__name__
-        if got!=wanted: raise ValueError(f"model must return (embedding, scores) of the shapes {wanted} for {self.n_views} crops of 2 images, got {got}")
+        if got!=wanted: raise ValueError(f"model must return (embedding, scores) of the shapes {wanted} for "
+                                         f"{self.n_views} crops of 2 images, got {got}")
 
     # before each epoch
     def before_train(self):
@@ -171,7 +176,8 @@ class DeepClusterV2(MultiView):
         "Which images are in batch `i`, of `n` images"
         bs = self.dls.train.bs
         idxs = self.order_of_epoch[i*bs:(i+1)*bs]
-        if len(idxs)!=n: raise ValueError(f"batch {i} must hold the {len(idxs)} images of its indices, got {n}: DeepClusterV2 needs a DataLoader that leaves none out")
+        if len(idxs)!=n: raise ValueError(f"batch {i} must hold the {len(idxs)} images of its indices, got {n}: "
+                                          "DeepClusterV2 needs a DataLoader that leaves none out")
         return torch.tensor(idxs)
 
     def _fill_memory(self, dl):
@@ -209,7 +215,8 @@ class DeepClusterV2(MultiView):
         "Embeddings of `k` images, which do not depend on how the images are spread over processes"
         known = self._from_all_ranks(idxs[:,None])[:,0].unique()
         chosen = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:k]].to(x.device)
-        row_of = idxs.new_full((len(self.memory.seen),), -1).scatter_(0, idxs, torch.arange(len(idxs), device=x.device))[chosen]
+        row_of = idxs.new_full((len(self.memory.seen),), -1).scatter_(0, idxs,
+                                                                      torch.arange(len(idxs), device=x.device))[chosen]
         init = torch.where(row_of[:,None]>=0, x[row_of], 0.)
         if self.group is not None: dist.all_reduce(init, group=self.group)
         return F.normalize(init, dim=1)
@@ -287,23 +294,29 @@ class DeepClusterV2(MultiView):
         spread,evenness = sum(history['feature_spread'][-n:])/n,history['cluster_entropy'][-1]
         if spread>=self.min_spread and evenness>=self.min_evenness: return
         lr = max([*self.recorder.lrs, self.opt.hypers[-1]['lr']])
-        what = f"the embeddings of all images are alike (spread {spread:.3f})" if spread<self.min_spread else f"few clusters hold most images (evenness {evenness:.2f})"
+        if spread<self.min_spread: what = f"the embeddings of all images are alike (spread {spread:.3f})"
+        else: what = f"few clusters hold most images (evenness {evenness:.2f})"
         n_protos = [max(2, o//2) for o in self.bare_model.n_protos]
-        return f"This run does not learn: {what}. Try, one after the other: lr={lr/10:.3g} (now {lr:.3g}); n_protos={n_protos} (now {self.bare_model.n_protos})."
+        return (f"This run does not learn: {what}. Try, one after the other: lr={lr/10:.3g} (now {lr:.3g}); "
+                f"n_protos={n_protos} (now {self.bare_model.n_protos}).")
 
     def model_settings(self):
         "The parts of the model in words"
         model = self.bare_model
         return super().model_settings()|{
-            'input channels': str(model.n_in), 'projector': f'{total_params(model.projector)[0]:,} parameters, to {self._width} dimensions',
-            'prototypes': ', '.join(f'{n:,}' for n in model.n_protos)+' (one number for each head), set by k-means before each epoch'}
+            'input channels': str(model.n_in), 'projector': f'{total_params(model.projector)[0]:,} parameters, to '
+                                                            f'{self._width} dimensions',
+            'prototypes': ', '.join(f'{n:,}' for n in model.n_protos)+' (one number for each head), set by k-means '
+                                                                      'before each epoch'}
 
     def concerns(self, n_images, batch):
         "Clusters of very few images"
         most = max(self.bare_model.n_protos)
-        if most>n_images: raise ValueError(f"n_protos must be at most the number of training images, {n_images}, got {self.bare_model.n_protos}")
+        if most>n_images: raise ValueError(f"n_protos must be at most the number of training images, {n_images}, got "
+                                           f"{self.bare_model.n_protos}")
         if 4*most<=n_images: return []
-        return [f"n_protos={most} leaves {n_images/most:.1f} of the {n_images} images for each cluster: try n_protos={max(2, n_images//10)}"]
+        return [f"n_protos={most} leaves {n_images/most:.1f} of the {n_images} images for each cluster: try "
+                f"n_protos={max(2, n_images//10)}"]
 
 def _cross_entropy(scores, targets):
     "Mean over the rows that have a target; 0 where none has"
@@ -331,10 +344,12 @@ def deepcluster_recipe(
     r = common_recipe('deepclusterv2', n_images, bs, image_size, n_classes, world_size)
     swav = swav_recipe(n_images, bs, image_size, n_classes, world_size)
     n = max(2, min(swav['model']['n_protos'], n_images//4))
-    r.put('model', 'n_protos', (n,)*3, f"three heads, as in the paper, of as many prototypes as SwAV's: {swav.reasons['model.n_protos']}")
+    r.put('model', 'n_protos', (n,)*3, "three heads, as in the paper, of as many prototypes as SwAV's: "
+                                       f"{swav.reasons['model.n_protos']}")
     r.put('deepclusterv2', 'crop_assgn_ids', [0,1], 'clusters come from the large crops')
     r.put('deepclusterv2', 'temp', 0.1, 'as in the paper')
     r.put('deepclusterv2', 'n_kmeans_iter', 10, 'as in the official code')
     return r
 
-register_method('deepclusterv2', DeepClusterV2, create_deepcluster_model, get_deepcluster_aug_pipelines, deepcluster_recipe)
+register_method('deepclusterv2', DeepClusterV2, create_deepcluster_model, get_deepcluster_aug_pipelines,
+                deepcluster_recipe)

@@ -74,11 +74,13 @@ def create_moco_model(
     bn_splits:int=1 # Groups of images that the momentum encoder normalizes by themselves
 ) -> MoCoModel:
     "MoCo model around `encoder`, on its device"
-    if not isinstance(bn_splits, int) or bn_splits<1: raise ValueError(f"bn_splits must be a positive whole number, got {bn_splits!r}")
+    if not isinstance(bn_splits, int) or bn_splits<1:
+        raise ValueError(f"bn_splits must be a positive whole number, got {bn_splits!r}")
     with own_init(): projector,n_in = create_projector(encoder, hidden_size, projection_size, bn, nlayers)
     for name,m in encoder.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None:
-            raise ValueError(f"encoder must have batch norm with running statistics, got none in {name!r}: its features would depend on the batch")
+            raise ValueError(f"encoder must have batch norm with running statistics, got none in {name!r}: its "
+                             "features would depend on the batch")
     return MoCoModel(encoder, projector, n_in, bn_splits)
 
 # %% ../nbs/23_moco.ipynb #dbdafa62
@@ -125,7 +127,8 @@ class MoCo(Contrastive):
     def before_fit(self):
         super().before_fit()
         model = self.bare_model
-        if not isinstance(model, MoCoModel): raise TypeError(f"model must be a MoCoModel, as create_moco_model gives, got {type(model).__name__}")
+        if not isinstance(model, MoCoModel):
+            raise TypeError(f"model must be a MoCoModel, as create_moco_model gives, got {type(model).__name__}")
         if self.K<=self.batch: raise ValueError(f"K must be larger than the batch of {self.batch} images, got {self.K}")
         model.key_ids = tuple(self.key_ids)
         queue = model.queue
@@ -137,7 +140,8 @@ class MoCo(Contrastive):
     def check_pred(self, pred):
         wanted = [(2*self.n_views,self._width),(2*len(self.key_ids),self._width)]
         got = [tuple(o.shape) for o in pred] if isinstance(pred, tuple) else type(pred).__name__
-        if got!=wanted: raise ValueError(f"model must return (queries, keys) of the shapes {wanted} for {self.n_views} crops of 2 images, got {got}")
+        if got!=wanted: raise ValueError(f"model must return (queries, keys) of the shapes {wanted} for "
+                                         f"{self.n_views} crops of 2 images, got {got}")
 
     def before_batch(self):
         super().before_batch()
@@ -152,7 +156,8 @@ class MoCo(Contrastive):
         order = torch.randperm(sum(self.sizes), generator=torch.Generator().manual_seed(self.train_iter))
         own = order[sum(self.sizes[:rank]):sum(self.sizes[:rank+1])]
         self.order_of_keys = order
-        return [gather_rows(c.flatten(1)[None], self.sizes, self.group)[0][own.to(c.device)].view(-1, *c.shape[1:]) for c in crops]
+        return [gather_rows(c.flatten(1)[None], self.sizes, self.group)[0][own.to(c.device)].view(-1, *c.shape[1:])
+                for c in crops]
 
     def _in_order(self, keys):
         "Keys (A,B,d) of this rank's own images"
@@ -170,7 +175,8 @@ class MoCo(Contrastive):
         with torch.autocast(queries.device.type, enabled=False):
             keys = self._in_order(pred[1].unflatten(0, (len(self.key_ids),-1)))
             loss = info_nce(queries, keys, queue.features, self.temp, self.key_ids)
-        if self.training and not hasattr(self.learn, 'lr_finder'): queue.push(keys.to(queue.features.dtype), self.group, self.sizes)
+        if self.training and not hasattr(self.learn, 'lr_finder'):
+            queue.push(keys.to(queue.features.dtype), self.group, self.sizes)
         return loss
 
     def after_step(self): self.bare_model.update_keys(self.m)
@@ -184,13 +190,15 @@ class MoCo(Contrastive):
         "A queue that does not fit the batch or the data"
         if self.K<=batch: raise ValueError(f"K must be larger than the batch of {batch} images, got {self.K}")
         if self.K<=n_images: return []
-        return [f"K={self.K} is more than the {n_images} training images: the queue holds each image's own keys of earlier epochs as negatives. Try K={max(2*batch, round_down(n_images//2, batch))}"]
+        return [f"K={self.K} is more than the {n_images} training images: the queue holds each image's own keys of "
+                f"earlier epochs as negatives. Try K={max(2*batch, round_down(n_images//2, batch))}"]
 
     def model_settings(self):
         "The parts of the model in words"
+        splits = self.bare_model.bn_splits
         return super().model_settings()|{
             'momentum encoder': f'a copy that moves by {1-self.m:.4g} of the difference in each step',
-            'batch norm of keys': f'{self.bare_model.bn_splits} groups' if self.bare_model.bn_splits>1 else 'whole batches',
+            'batch norm of keys': f'{splits} groups' if splits>1 else 'whole batches',
             'queue': f'{self.K:,} keys of each key crop'}
 
 # %% ../nbs/23_moco.ipynb #1898b908
@@ -208,24 +216,31 @@ def moco_recipe(
     r = common_recipe(group, n_images, bs, image_size, n_classes, world_size)
     put_two_crops(r)
     batch = bs*world_size
-    r.put('model', 'nlayers', version, 'a linear projector, as in version 1' if version==1 else 'two layers, as in version 2')
+    r.put('model', 'nlayers', version, f"{'a linear projector' if version==1 else 'two layers'}, as in version "
+                                       f"{version}")
     if version==2 and n_images<100_000:
-        r.put('model', 'bn', True, 'batch norm in the projector: without it the embeddings of a small network begin all alike, and stay so for long')
+        r.put('model', 'bn', True, 'batch norm in the projector: without it the embeddings of a small network begin '
+                                   'all alike, and stay so for long')
     splits = max(1, min(8, bs//8)) if world_size==1 else 1
-    r.put('model', 'bn_splits', splits, f'keys in {splits} groups of {bs//splits} have other batch statistics than queries: one process stands for several'
-          if splits>1 else 'keys are shuffled between processes' if world_size>1 else f'a batch of {bs} is too small to be split')
+    if splits>1: why = (f'keys in {splits} groups of {bs//splits} have other batch statistics than queries: '
+                        'one process stands for several')
+    else: why = 'keys are shuffled between processes' if world_size>1 else f'a batch of {bs} is too small to be split'
+    r.put('model', 'bn_splits', splits, why)
     r.put('augs', 'version', version, f'the augmentations of version {version}')
     if version==1:
         r.put('augs', 'blur', False, 'as in version 1')
         if 'blur_s' in r['augs']: r.drop('augs', 'blur_s')
     K = min(65536, max(2*batch, round_down(n_images//2, batch)))
-    r.put(group, 'K', K, 'as in the paper' if K==65536 else f'half of the {n_images:,} images, or an image would often meet its own earlier key as a negative')
+    too_long = f'half of the {n_images:,} images, or an image would often meet its own earlier key as a negative'
+    r.put(group, 'K', K, 'as in the paper' if K==65536 else too_long)
     steps = n_images//batch*r['fit']['n_epoch']
     m = .999 if steps>=50_000 else .99
-    r.put(group, 'm', m, 'as in the paper' if m==.999 else f'{steps:,} steps are few: the momentum encoder must follow sooner than with the paper\'s 0.999')
+    too_slow = f"{steps:,} steps are few: the momentum encoder must follow sooner than with the paper's 0.999"
+    r.put(group, 'm', m, 'as in the paper' if m==.999 else too_slow)
     r.put(group, 'version', version, 'given')
     r.put(group, 'temp', .07 if version==1 else .2, 'as in the paper')
     return r
 
 for _version in (1,2):
-    register_method(f'mocov{_version}', MoCo, create_moco_model, get_moco_aug_pipelines, partial(moco_recipe, version=_version))
+    register_method(f'mocov{_version}', MoCo, create_moco_model, get_moco_aug_pipelines,
+                    partial(moco_recipe, version=_version))

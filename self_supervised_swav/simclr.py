@@ -29,8 +29,10 @@ class Contrastive(MultiView):
     def __init__(self, aug_pipelines, temp, large_ids, print_augs):
         super().__init__(aug_pipelines, print_augs)
         large_ids = list(large_ids)
-        if not large_ids or len(set(large_ids))!=len(large_ids) or not all(isinstance(i, int) and 0<=i<self.n_views for i in large_ids):
-            raise ValueError(f"{self.ids_name} must be different indices of the {self.n_views} crops, at least one, got {large_ids}")
+        if not large_ids or len(set(large_ids))!=len(large_ids) or not all(isinstance(i, int) and 0<=i<self.n_views
+                                                                           for i in large_ids):
+            raise ValueError(f"{self.ids_name} must be different indices of the {self.n_views} crops, at least one, "
+                             f"got {large_ids}")
         if not temp>0: raise ValueError(f"temp must be positive, got {temp}")
         self.temp = temp
         setattr(self, self.ids_name, large_ids)
@@ -64,7 +66,8 @@ class Contrastive(MultiView):
         spread = sum(history['feature_spread'][-n:])/n
         if max(nats)>=self.min_nats and spread>=self.min_spread: return
         lr = max([*self.recorder.lrs, self.opt.hypers[-1]['lr']])
-        what = f"the embeddings of all images have been alike (spread {spread:.3f})" if spread<self.min_spread else f"the loss has been {how} = {chance:.2f}, that of predicting nothing"
+        if spread<self.min_spread: what = f"the embeddings of all images have been alike (spread {spread:.3f})"
+        else: what = f"the loss has been {how} = {chance:.2f}, that of predicting nothing"
         tries = [f"lr={lr/10:.3g} (now {lr:.3g})", f"temp={min(.5, 2*self.temp):.3g} (now {self.temp:.3g})"]
         if self.views.strength('jitter'): tries.append("augmentations that leave more of the image (jitter=False)")
         return f"This run does not learn: for {n} steps {what}. Try, one after the other: {'; '.join(tries)}."
@@ -76,7 +79,8 @@ class Contrastive(MultiView):
         return super().model_settings()|{'input channels': str(model.n_in), 'projector': projector}
 
     @property
-    def _width(self): return [m for m in self.bare_model.projector.modules() if isinstance(m, nn.Linear)][-1].out_features
+    def _width(self): return [m for m in self.bare_model.projector.modules()
+                              if isinstance(m, nn.Linear)][-1].out_features
 
 # %% ../nbs/22_simclr.ipynb #a5e9a4f6
 class SimCLRModel(MultiCropModel): "Unit-norm embeddings of crops"
@@ -121,11 +125,14 @@ class SimCLR(Contrastive):
     def before_fit(self):
         super().before_fit()
         if not isinstance(self.bare_model, MultiCropModel):
-            raise TypeError(f"model must be a SimCLRModel, as create_simclr_model gives, got {type(self.bare_model).__name__}")
+            raise TypeError("model must be a SimCLRModel, as create_simclr_model gives, got "
+                            f"{type(self.bare_model).__name__}")
 
     def check_pred(self, pred):
-        wanted,got = (2*self.n_views,self._width),tuple(pred.shape) if isinstance(pred, torch.Tensor) else type(pred).__name__
-        if got!=wanted: raise ValueError(f"model must return embeddings of the shape {wanted} for {self.n_views} crops of 2 images, got {got}")
+        wanted,got = (2*self.n_views,self._width),tuple(pred.shape) if isinstance(pred,
+                                                                                  torch.Tensor) else type(pred).__name__
+        if got!=wanted: raise ValueError(f"model must return embeddings of the shape {wanted} for {self.n_views} "
+                                         f"crops of 2 images, got {got}")
 
     def embedding(self, pred): return pred
 
@@ -143,7 +150,8 @@ class SimCLR(Contrastive):
         "Too few negatives"
         if batch<2: raise ValueError(f"bs must be at least 2, or there is no negative, got {batch}")
         if batch>=32: return []
-        return [f"bs={batch} gives each crop only {len(self.large_ids)*(batch-1)} negatives, and SimCLR lives on them: try bs=64 or more, or MoCo, which has a queue"]
+        return [f"bs={batch} gives each crop only {len(self.large_ids)*(batch-1)} negatives, and SimCLR lives on "
+                "them: try bs=64 or more, or MoCo, which has a queue"]
 
 # %% ../nbs/22_simclr.ipynb #298669b8
 def simclr_recipe(
@@ -167,5 +175,6 @@ def put_two_crops(
     "Leave the large crops alone, as in papers before multi-crop"
     why = 'two large crops, as in the paper; more sizes make it multi-crop'
     r.put('augs', 'num_crops', (2,), why)
-    for n in ('crop_sizes','min_scales','max_scales'): r.put('augs', n, r['augs'][n][:1], r.reasons[f'augs.{n}'].split(', and ')[0].split(', a small')[0])
+    for n in ('crop_sizes','min_scales','max_scales'):
+        r.put('augs', n, r['augs'][n][:1], r.reasons[f'augs.{n}'].split(', and ')[0].split(', a small')[0])
     r.put('augs', 'rotate', False, 'as in the paper')

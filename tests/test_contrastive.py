@@ -19,7 +19,7 @@ def check_equal(mine, theirs, atol):
     torch.testing.assert_close(mine[0], theirs[0], atol=atol, rtol=atol)
     for a,b in zip(mine[1], theirs[1]): torch.testing.assert_close(a, b, atol=atol, rtol=atol)
 
-# --- definitions ---------------------------------------------------------------------------------------------------------
+# --- definitions ----------------------------------------------------------------------------------------------------
 def cross_entropy_of_pair(q, positive, negatives, temp):
     return -(torch.cat([(q@positive)[None], negatives@q])/temp).log_softmax(0)[0]
 
@@ -35,7 +35,8 @@ def nt_xent_by_pairs(z, temp, ids):
 def info_nce_by_pairs(q, k, queue, temp, ids):
     q = F.normalize(q, dim=-1)
     V,B,_ = q.shape
-    return torch.stack([cross_entropy_of_pair(q[v,b], k[a,b], queue[a], temp) for a,i in enumerate(ids) for v in range(V) if v!=i for b in range(B)]).mean()
+    return torch.stack([cross_entropy_of_pair(q[v,b], k[a,b], queue[a], temp) for a,
+                        i in enumerate(ids) for v in range(V) if v!=i for b in range(B)]).mean()
 
 @given(V=st.integers(2, 5), B=st.integers(2, 7), d=st.integers(1, 9), temp=st.floats(.005, 2), data=st.data())
 @settings(max_examples=60, deadline=None)
@@ -44,16 +45,19 @@ def test_nt_xent_is_its_definition(V, B, d, temp, data):
     z = torch.randn(V, B, d, dtype=torch.double)
     # scores up to 1/temp = 200; sums of up to V*B*d terms; the gradient divides by temp again
     atol = rounding(torch.double, V*B*d+20, 200/temp)
-    check_equal(value_and_grads(lambda z: nt_xent(z, temp, ids), z), value_and_grads(lambda z: nt_xent_by_pairs(z, temp, ids), z), atol)
+    check_equal(value_and_grads(lambda z: nt_xent(z, temp, ids), z),
+                value_and_grads(lambda z: nt_xent_by_pairs(z, temp, ids), z), atol)
 
-@given(V=st.integers(2, 5), B=st.integers(1, 7), K=st.integers(1, 40), d=st.integers(1, 9), temp=st.floats(.005, 2), data=st.data())
+@given(V=st.integers(2, 5), B=st.integers(1, 7), K=st.integers(1, 40), d=st.integers(1, 9), temp=st.floats(.005, 2),
+       data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_info_nce_is_its_definition(V, B, K, d, temp, data):
     ids = data.draw(st.lists(st.integers(0, V-1), min_size=1, max_size=V, unique=True))
     A = len(ids)
     q,k,queue = torch.randn(V, B, d, dtype=torch.double),unit(A, B, d),unit(A, K, d)
     atol = rounding(torch.double, K*d+20, 200/temp)
-    check_equal(value_and_grads(lambda q: info_nce(q, k, queue, temp, ids), q), value_and_grads(lambda q: info_nce_by_pairs(q, k, queue, temp, ids), q), atol)
+    check_equal(value_and_grads(lambda q: info_nce(q, k, queue, temp, ids), q),
+                value_and_grads(lambda q: info_nce_by_pairs(q, k, queue, temp, ids), q), atol)
 
 def test_gradcheck():
     z = torch.randn(4, 3, 5, dtype=torch.double, requires_grad=True)
@@ -66,12 +70,13 @@ def test_any_block(block, monkeypatch):
     "Blocks of one row, of a part of a crop, of several crops: the same"
     from self_supervised_swav import contrastive
     z,k,queue = torch.randn(5, 6, 4, dtype=torch.double),unit(2, 6, 4),unit(2, 11, 4)
-    fs = [lambda z: nt_xent(z, .1), lambda z: info_nce(z, k, queue, .1, (0,1)), lambda z: info_nce(z, k, queue, .01, (0,1))]
+    fs = [lambda z: nt_xent(z, .1), lambda z: info_nce(z, k, queue, .1, (0,1)),
+          lambda z: info_nce(z, k, queue, .01, (0,1))]
     whole = [value_and_grads(f, z) for f in fs]
     monkeypatch.setattr(contrastive, '_n_block', block)
     for f,w in zip(fs, whole): check_equal(value_and_grads(f, z), w, rounding(torch.double, 5*6*4+20, 1e4))
 
-# --- lightly ---------------------------------------------------------------------------------------------------------------
+# --- lightly --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('temp', [.07,.1,.5])
 def test_equals_lightly(temp):
     z = torch.randn(2, 16, 12)
@@ -84,9 +89,10 @@ def test_equals_lightly_with_memory_bank(temp):
     loss = NTXentLoss(temp, memory_bank_size=(64,12))
     loss(q, k)  # makes its bank
     queue = loss.memory_bank.bank.T.clone() if loss.memory_bank.bank.shape[0]==12 else loss.memory_bank.bank.clone()
-    check_equal(value_and_grads(lambda q: info_nce(q, k, queue, temp), q), value_and_grads(lambda q: loss(q, k), q), 1e-5)
+    check_equal(value_and_grads(lambda q: info_nce(q, k, queue, temp), q), value_and_grads(lambda q: loss(q, k), q),
+                1e-5)
 
-# --- processes -------------------------------------------------------------------------------------------------------------
+# --- processes ------------------------------------------------------------------------------------------------------
 def _uneven(size): return [3,5,1,4][:size]
 def _embeddings(n): return torch.randn(4, n, 6, dtype=torch.double, generator=torch.Generator().manual_seed(1))
 
@@ -105,7 +111,7 @@ def test_processes_equal_one(size, told, tmp_path):
     torch.testing.assert_close(sum(l*m for (l,_),m in zip(got, n))/sum(n), loss)
     torch.testing.assert_close(torch.cat([g for _,g in got], 1), grad)
 
-# --- extremes --------------------------------------------------------------------------------------------------------------
+# --- extremes -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('dtype', [torch.float16,torch.bfloat16,torch.float32,torch.float64])
 @pytest.mark.parametrize('temp', [1e-3,.1,100.])
 def test_finite(dtype, temp):
@@ -113,7 +119,8 @@ def test_finite(dtype, temp):
     x = torch.ones(3, 4, 5, dtype=dtype)
     x[:,1] = -1
     x[1] *= torch.finfo(dtype).max/8
-    for f in (lambda z: nt_xent(z, temp), lambda z: info_nce(z, F.normalize(x[:1].double(), dim=-1), unit(1, 9, 5), temp, (0,))):
+    for f in (lambda z:
+        nt_xent(z, temp), lambda z: info_nce(z, F.normalize(x[:1].double(), dim=-1), unit(1, 9, 5), temp, (0,))):
         loss,(grad,) = value_and_grads(f, x)
         assert loss.dtype==(torch.float64 if dtype==torch.float64 else torch.float32) and grad.dtype==dtype
         assert loss.isfinite() and grad.isfinite().all() and loss>=0
@@ -156,7 +163,9 @@ def test_peak_is_one_matrix():
     (lambda: nt_xent(torch.ones(2,3,4, dtype=torch.long)), 'floating point'),
     (lambda: info_nce(torch.randn(3,4), torch.randn(2,4), torch.randn(5,4)), 'keys must have the shape'),
     (lambda: info_nce(torch.randn(3,4), torch.randn(3,4), torch.randn(0,4)), 'queue must have the shape'),
-    (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), key_ids=(0,1)), 'key_ids must name the crops'),
-    (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), temp=-1), 'temp must be positive, got -1')])
+    (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), key_ids=(0,1)), 'key_ids must name '
+                                                                                                  'the crops'),
+    (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), temp=-1), 'temp must be positive, '
+                                                                                            'got -1')])
 def test_bad_settings(f, says):
     with pytest.raises(ValueError, match=says): f()

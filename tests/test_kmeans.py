@@ -28,7 +28,8 @@ def test_equals_sklearn(seed):
     counts = np.bincount(KMeans(5, init=init.numpy(), n_init=1, max_iter=1).fit_predict(x.numpy()), minlength=5)
     assert counts.min()>0
     # one step: the same sums, scaled to unit norm instead of to means; n terms of size 1 each
-    torch.testing.assert_close(one, F.normalize(torch.tensor(ref.cluster_centers_), dim=1), atol=rounding(torch.double, 2*len(x), 1.), rtol=0)
+    torch.testing.assert_close(one, F.normalize(torch.tensor(ref.cluster_centers_), dim=1),
+                               atol=rounding(torch.double, 2*len(x), 1.), rtol=0)
 
 @pytest.mark.parametrize('seed', range(5))
 def test_finds_groups(seed):
@@ -83,7 +84,8 @@ def test_processes_equal_one(size, k, same, tmp_path):
     assert torch.equal(torch.cat([o[1] for o in got]), labels)
     torch.testing.assert_close(torch.cat([o[2] for o in got]), cosines, atol=1e-5, rtol=0)
 
-@pytest.mark.parametrize('kwargs,says', [(dict(k=0),'k must be between'), (dict(k=9),'number of vectors, 8, got 9'), (dict(k=2,n_iters=0),'n_iters must be at least 1'),
+@pytest.mark.parametrize('kwargs,says', [(dict(k=0),'k must be between'), (dict(k=9),'number of vectors, 8, got 9'),
+                                         (dict(k=2,n_iters=0),'n_iters must be at least 1'),
     (dict(k=2,init=torch.zeros(3,4)),r'init must have the shape \(2, 4\)')])
 def test_bad_settings(kwargs, says):
     with pytest.raises(ValueError, match=says): spherical_kmeans(F.normalize(torch.randn(8, 4), dim=1), **kwargs)

@@ -24,20 +24,22 @@ class Keep(Callback):
         pred = self.pred if isinstance(self.pred, tuple) else (self.pred,)
         self.steps.append(dict(pred=[o.detach().clone() for o in pred], loss=self.loss.detach().clone()))
 
-# --- SimCLR --------------------------------------------------------------------------------------------------------------
+# --- SimCLR ---------------------------------------------------------------------------------------------------------
 def test_simclr_loss_of_a_fit():
     learn = method_learner('simclr', cbs=[Keep])
     learn.fit(1)
     for step in learn.keep.steps:
         z = step['pred'][0].unflatten(0, (2,-1))
-        torch.testing.assert_close(step['loss'], nt_xent(z.double(), learn.simclr.temp).float(), atol=rounding(torch.float32, 200, 10.), rtol=0)
+        torch.testing.assert_close(step['loss'], nt_xent(z.double(), learn.simclr.temp).float(),
+                                   atol=rounding(torch.float32, 200, 10.), rtol=0)
 
 def test_simclr_multi_crop():
-    learn = method_learner('simclr', num_crops=(2,2), crop_sizes=(16,10), min_scales=(.4,.1), max_scales=(1.,.4), cbs=[Keep])
+    learn = method_learner('simclr', num_crops=(2,2), crop_sizes=(16,10), min_scales=(.4,.1), max_scales=(1.,.4),
+                           cbs=[Keep])
     learn.fit(1)
     assert learn.simclr.n_views==4 and learn.keep.steps[0]['pred'][0].shape[0]==4*16
 
-# --- MoCo ----------------------------------------------------------------------------------------------------------------
+# --- MoCo -----------------------------------------------------------------------------------------------------------
 def moco_learner(n=100, K=40, m=.9, bn_splits=1, cbs=(), seed=0, **kwargs):
     seed_all(seed)
     model = create_moco_model(small_encoder(), 16, 8, bn_splits=bn_splits)
@@ -52,10 +54,13 @@ def test_momentum_by_hand():
         "The update of the paper, parameter by parameter; it runs before the callback's own"
         order,worst = MoCo.order-1,0.
         def before_step(self): self.keys = [p.detach().clone() for p in self.key_params()]
-        def after_step(self): self.wanted = [.9*k+.1*q.detach() for k,q in zip(self.keys, [*self.model.encoder.parameters(), *self.model.projector.parameters()])]
+        def after_step(self): self.wanted = [.9*k+.1*q.detach() for k,
+                                             q in zip(self.keys, [*self.model.encoder.parameters(),
+                                                                  *self.model.projector.parameters()])]
         def after_batch(self):
             if self.training:
-                for k,w in zip(self.key_params(), self.wanted): torch.testing.assert_close(k, w, atol=rounding(torch.float32, 4, k.abs().max().item()), rtol=0)
+                for k,w in zip(self.key_params(), self.wanted):
+                    torch.testing.assert_close(k, w, atol=rounding(torch.float32, 4, k.abs().max().item()), rtol=0)
         def key_params(self): return [*self.model.key_encoder.parameters(), *self.model.key_projector.parameters()]
     learn = moco_learner(cbs=[ByHand])
     before = [p.clone() for p in learn.model.key_encoder.parameters()]
@@ -80,7 +85,8 @@ def test_moco_loss_and_queue_by_hand():
         q = q.unflatten(0, (2,-1))[0]
         logits = torch.cat([(q*k).sum(1, keepdim=True), q@queue[0].T], 1)/.2
         # 41 logits up to 1/0.2, each a dot product of 8 terms
-        torch.testing.assert_close(step['loss'], F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)), atol=rounding(torch.float32, 60, 10.), rtol=0)
+        torch.testing.assert_close(step['loss'], F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)),
+                                   atol=rounding(torch.float32, 60, 10.), rtol=0)
         for row in k:
             queue[0,at%40] = row
             at += 1
@@ -90,8 +96,10 @@ def test_keys_have_no_gradient_and_own_statistics():
     learn = moco_learner()
     learn.fit(1)
     model = learn.model
-    assert all(p.grad is None and not p.requires_grad for p in [*model.key_encoder.parameters(), *model.key_projector.parameters()])
-    stats = [next(m for m in e.modules() if isinstance(m, nn.BatchNorm2d)).running_mean for e in (model.encoder, model.key_encoder)]
+    assert all(p.grad is None and not p.requires_grad
+               for p in [*model.key_encoder.parameters(), *model.key_projector.parameters()])
+    stats = [next(m for m in e.modules() if isinstance(m, nn.BatchNorm2d)).running_mean
+             for e in (model.encoder, model.key_encoder)]
     assert not torch.equal(*stats)
     own = {id(p) for p in [*model.key_encoder.parameters(), *model.key_projector.parameters()]}
     assert not any(id(p) in own for p in learn.opt.all_params().map(lambda o: o[0]))
@@ -106,19 +114,23 @@ def test_split_batch_norm_keeps_the_order():
     alone.bn_splits = 1
     for i in range(3): assert torch.equal(keys[i::3], alone.embed_keys([x[i::3]]))
 
-@pytest.mark.parametrize('kwargs,says', [(dict(m=1.5),r'm must be in \[0,1\]'), (dict(m=-.1),r'm must be in \[0,1\]'), (dict(K=0),'K must be a positive'),
-    (dict(temp=0.),'temp must be positive'), (dict(version=3),'version must be 1 or 2'), (dict(key_ids=(2,)),'key_ids must be different indices')])
+@pytest.mark.parametrize('kwargs,says', [(dict(m=1.5),r'm must be in \[0,1\]'), (dict(m=-.1),r'm must be in \[0,1\]'),
+                                         (dict(K=0),'K must be a positive'),
+    (dict(temp=0.),'temp must be positive'), (dict(version=3),'version must be 1 or 2'), (dict(key_ids=(2,)),'key_ids '
+                                                                                          'must be different indices')])
 def test_moco_refuses(kwargs, says):
     with pytest.raises(ValueError, match=says): moco_learner(**kwargs)
 
 def test_moco_refuses_before_training():
-    with pytest.raises(ValueError, match='K must be larger than the batch of 16 images, got 16'): moco_learner(K=16).fit(1)
+    with pytest.raises(ValueError, match='K must be larger than the batch of 16 images, got 16'):
+        moco_learner(K=16).fit(1)
     with pytest.raises(TypeError, match='model must be a MoCoModel'):
         Learner(digits(40), small_encoder(), cbs=[MoCo(get_moco_aug_pipelines(16, stats=None), K=40)]).fit(1)
-    encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.AdaptiveAvgPool2d(1),
+                            nn.Flatten())
     with pytest.raises(ValueError, match='running statistics'): create_moco_model(encoder)
 
-# --- DeepCluster-v2 ----------------------------------------------------------------------------------------------------------
+# --- DeepCluster-v2 -------------------------------------------------------------------------------------------------
 def test_targets_are_the_clusters_of_the_images():
     "Every image of a batch is found again, in any order, with workers or without"
     class Look(Callback):
@@ -141,8 +153,10 @@ def test_clustering_by_hand():
             m = self.deepclusterv2
             for h,head in enumerate(self.model.heads):
                 idxs,x = m.memory.get(h%2)
-                chosen = idxs[torch.randperm(len(idxs), generator=torch.Generator().manual_seed(1000*self.epoch+h))[:len(head.weight)]]
-                prototypes,labels,_ = spherical_kmeans(x, len(head.weight), 10, F.normalize(m.memory.features[h%2,chosen], dim=1))
+                chosen = idxs[torch.randperm(len(idxs), generator=torch.Generator().manual_seed(1000*self.epoch
+                                                                                                +h))[:len(head.weight)]]
+                prototypes,labels,_ = spherical_kmeans(x, len(head.weight), 10,
+                                                       F.normalize(m.memory.features[h%2,chosen], dim=1))
                 assert torch.equal(head.weight, prototypes) and torch.equal(m.assigned[h,idxs], labels)
     learn = method_learner('deepclusterv2', n_protos=(5,7,5), cbs=[Check])
     learn.fit(2)
@@ -161,30 +175,41 @@ def test_loader_is_given_back():
     learn.fit(1)
     assert 'get_idxs' not in vars(learn.dls.train) and learn.deepclusterv2.memory is None
 
-@pytest.mark.parametrize('kwargs,says', [(dict(temp=-1.),'temp must be positive'), (dict(n_kmeans_iter=0),'n_kmeans_iter must be'), (dict(crop_assgn_ids=[]),'crop_assgn_ids must be')])
+@pytest.mark.parametrize('kwargs,says',
+                         [(dict(temp=-1.),'temp must be positive'), (dict(n_kmeans_iter=0),'n_kmeans_iter must be'),
+                          (dict(crop_assgn_ids=[]),'crop_assgn_ids must be')])
 def test_deepcluster_refuses(kwargs, says):
-    with pytest.raises(ValueError, match=says): DeepClusterV2(get_deepcluster_aug_pipelines((2,1), (16,10), stats=None), **kwargs)
+    with pytest.raises(ValueError, match=says): DeepClusterV2(get_deepcluster_aug_pipelines((2,1), (16,10), stats=None),
+                                                              **kwargs)
 
 def test_more_clusters_than_images():
     model = create_deepcluster_model(small_encoder(), 16, 8, n_protos=200)
     with pytest.raises(ValueError, match='n_protos must be at most the number of training images, 80'):
-        Learner(digits(100), model, cbs=[DeepClusterV2(get_deepcluster_aug_pipelines((2,1), (16,10), stats=None))]).fit(1)
+        Learner(digits(100), model,
+                cbs=[DeepClusterV2(get_deepcluster_aug_pipelines((2,1), (16,10), stats=None))]).fit(1)
 
-# --- all: several processes, uneven batches ------------------------------------------------------------------------------------
+# --- all: several processes, uneven batches -------------------------------------------------------------------------
 def _fixed_learner(name, sizes, rank=0):
-    "Deterministic crops, batches of `sum(sizes)` in a fixed order, no batch norm; images and features so different that no cluster hangs on a rounding"
+    """Deterministic crops, batches of `sum(sizes)` in a fixed order, no batch norm.
+
+    Images and features are so different that no cluster hangs on a rounding."""
     torch.manual_seed(1)
-    encoder = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AdaptiveMaxPool2d(2), nn.Flatten())
+    encoder = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AdaptiveMaxPool2d(2),
+                            nn.Flatten())
     with torch.no_grad():
         for m in encoder:
             if isinstance(m, nn.Conv2d): m.weight.mul_(4)
-    create,method = dict(simclr=(create_simclr_model, SimCLR), moco=(create_moco_model, lambda augs: MoCo(augs, K=30, m=.8, temp=.5)),
-                         deepcluster=(lambda e,*a,**k: create_deepcluster_model(e, *a, n_protos=(5,7), **k), DeepClusterV2))[name]
+    create,method = dict(simclr=(create_simclr_model, SimCLR),
+                         moco=(create_moco_model, lambda augs: MoCo(augs, K=30, m=.8, temp=.5)),
+                         deepcluster=(lambda e,*a,**k: create_deepcluster_model(e, *a, n_protos=(5,7), **k),
+                                      DeepClusterV2))[name]
     x = torch.rand(60, 1, 12, 12, generator=torch.Generator().manual_seed(2))
     dls = tensor_dls(x, bs=sum(sizes), splits=(range(48), range(48,60)), device='cpu', num_workers=0)
-    loaders = [Parts(dl, sizes, rank) if len(sizes)>1 else dl.new(bs=sum(sizes), shuffle=False, drop_last=False) for dl in dls.loaders]
+    loaders = [Parts(dl, sizes, rank) if len(sizes)>1 else dl.new(bs=sum(sizes), shuffle=False, drop_last=False)
+               for dl in dls.loaders]
     augs = [Pipeline([Cut(i, s)], split_idx=0) for i,s in ((0,10),(2,10),(3,7))]
-    learn = Learner(DataLoaders(*loaders, device='cpu'), create(encoder, 16, 8, bn=False), opt_func=SGD, lr=.05, cbs=[method(augs)])
+    learn = Learner(DataLoaders(*loaders, device='cpu'), create(encoder, 16, 8, bn=False), opt_func=SGD, lr=.05,
+                    cbs=[method(augs)])
     learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     return learn
@@ -193,8 +218,10 @@ def _outcome(learn):
     learn.fit(2)
     queue = getattr(learn.model, 'queue', None)
     assigned = learn.deepclusterv2.assigned if hasattr(learn, 'deepclusterv2') else None
-    return dict(weights=torch.cat([p.detach().flatten() for p in learn.model.parameters()]), losses=torch.stack(learn.recorder.losses),
-                queue=torch.zeros(1) if queue is None else queue.features, assigned=torch.zeros(1) if assigned is None else assigned)
+    return dict(weights=torch.cat([p.detach().flatten() for p in learn.model.parameters()]),
+                losses=torch.stack(learn.recorder.losses),
+                queue=torch.zeros(1) if queue is None else queue.features,
+                assigned=torch.zeros(1) if assigned is None else assigned)
 
 def _fit_of_rank(rank, size, name, sizes):
     learn = _fixed_learner(name, sizes, rank)
@@ -205,9 +232,10 @@ def _fit_of_rank(rank, size, name, sizes):
 def test_ranks_equal_one_process(name, sizes, tmp_path):
     one,got = _outcome(_fixed_learner(name, [sum(sizes)])),run_ranks(_fit_of_rank, len(sizes), tmp_path, name, sizes)
     for g in got:
-        for k in one: torch.testing.assert_close(g[k], one[k], atol=1e-5*max(1., one[k].abs().max().item()), rtol=0, msg=lambda m: f'{k} of {name}: {m}')
+        for k in one: torch.testing.assert_close(g[k], one[k], atol=1e-5*max(1., one[k].abs().max().item()), rtol=0,
+                                                 msg=lambda m: f'{k} of {name}: {m}')
 
-# --- all: stopped and resumed, bit for bit ---------------------------------------------------------------------------------------
+# --- all: stopped and resumed, bit for bit --------------------------------------------------------------------------
 class StopAt(Callback):
     order = 80
     def __init__(self, epoch, batch): self.place = epoch,batch
@@ -221,7 +249,8 @@ def test_resume(case, at, tmp_path):
     whole.fit(3)
     stopped = method_learner(case, monitor=True, cbs=[ResumeTraining(tmp_path/'last.pth', every=1), StopAt(*at)])
     with pytest.raises(TrainingStopped): stopped.fit(3)
-    resumed = method_learner(case, monitor=True, seed=7, cbs=[ResumeTraining(tmp_path/'last.pth', every=1), StopAt(9, 9)])
+    resumed = method_learner(case, monitor=True, seed=7,
+                             cbs=[ResumeTraining(tmp_path/'last.pth', every=1), StopAt(9, 9)])
     resumed.fit(3)
     a,b = (o.model.state_dict() for o in (whole,resumed))
     for k in a:
