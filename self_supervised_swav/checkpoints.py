@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import nn
 from fastai.torch_core import get_model
 from .augment import MultiCrop
-from .encoders import create_fastai_encoder, create_timm_encoder
+from .encoders import create_fastai_encoder, create_timm_encoder, first_conv
 from .files import atomic_path
 
 # %% ../nbs/13_checkpoints.ipynb #989b124c
@@ -44,7 +44,8 @@ def _own_settings(encoder, views):
     # what JSON cannot hold is kept as text: better than to fail at the end of a long run
     if lost := {k: repr(v) for k,v in args.items() if not _is_json(v)}: own.update(args={k: v for k,v in args.items() if k not in lost}, lost=lost)
     if views is None: return own
-    n_in = next((m.in_channels for m in encoder.modules() if isinstance(m, nn.Conv2d)), 3)
+    conv = first_conv(encoder)
+    n_in = 3 if conv is None else conv.in_channels
     size = max((o for o in views.sizes if o is not None), default=None)
     return own | dict(stats=views.stats(args.get('n_in', n_in)), size=size)
 
@@ -77,6 +78,38 @@ def encoder_settings(
     if text is None: raise ValueError(f"{path} says nothing of its encoder, so save_encoder did not write it: make an encoder and use load_weights")
     return json.loads(text)
 
+_outside_args = 'checkpoint_path','cache_dir','weights','features_only','scriptable','exportable','no_jit','arch'
+_depth_args = 'layers','depths','depth','block_depths','num_layers'
+
+def _is_plain_value(o):
+    return o is None or isinstance(o, (bool,int,float,str)) or isinstance(o, (list,tuple)) and all(map(_is_plain_value, o))
+
+def _all_values(o): return [v for p in o for v in _all_values(p)] if isinstance(o, (list,tuple)) else [o]
+
+def _check_settings(settings, where):
+    "Raise where settings are not what `save_encoder` writes for a known architecture"
+    if not isinstance(settings, dict): raise ValueError(f"{where} must hold settings by name, got {type(settings).__name__}")
+    arch,args = settings.get('arch'),settings.get('args', {})
+    if not isinstance(arch, str) or ':' in arch or '/' in arch:
+        raise ValueError(f"{where} must name a known architecture, got arch={arch!r}")
+    if not isinstance(args, dict): raise ValueError(f"{where} must hold the arguments of {arch!r} by name, got {args!r}")
+    for k,v in args.items():
+        if k in _outside_args or k.startswith(('pretrained','hf_')) or not k.isidentifier():
+            raise ValueError(f"{where} has an argument that no saved encoder has: {k!r}")
+        if not _is_plain_value(v): raise ValueError(f"{where} must hold plain arguments, got {k}={v!r}")
+
+def _check_shapes(path, settings):
+    "Raise where the tensors in the header of a file are not those of its settings, before anything takes memory"
+    with _open(path) as f: shapes = {k: torch.empty(f.get_slice(k).get_shape(), device='meta') for k in f.keys()}
+    for k in _depth_args: # every layer has a tensor
+        if any(isinstance(o, int) and o>len(shapes) for o in _all_values(settings.get('args', {}).get(k))):
+            raise ValueError(f"{path} does not fit its own settings: {k}={settings['args'][k]!r}, {len(shapes)} tensors")
+    try:
+        with torch.device('meta'): own = create_from_settings(settings).state_dict()
+    except (NotImplementedError, RuntimeError): return # an architecture that cannot be built without memory
+    found = _match(own, shapes)
+    if found.missing or found.unexpected: raise ValueError(f"{path} does not fit its own settings: {_say(found)}")
+
 def create_from_settings(
     settings:dict # Of an encoder, or of a file
 )->nn.Module: # With fresh random weights
@@ -84,6 +117,7 @@ def create_from_settings(
     create,lost = dict(timm=create_timm_encoder, fastai=create_fastai_encoder).get(settings.get('library')),settings.get('lost')
     if lost: raise ValueError(f"no file can hold the arguments {lost} of this encoder: make it with create_encoder and use load_weights")
     if create is None: raise ValueError("settings must say what made the encoder, as those of create_encoder do: make it as it was made and use load_weights")
+    _check_settings(settings, 'settings')
     return create(settings['arch'], pretrained=False, **{k: tuple(v) if isinstance(v, list) else v for k,v in settings['args'].items()})
 
 def load_encoder(
@@ -91,6 +125,9 @@ def load_encoder(
 )->nn.Module: # In eval mode on the CPU, its `settings` those of the file
     "The encoder in a file"
     settings = encoder_settings(path)
+    if isinstance(settings, dict) and settings.get('library') and not settings.get('lost'):
+        _check_settings(settings, path)
+        _check_shapes(path, settings)
     encoder,state = create_from_settings(settings),_read(path)
     found = _match(encoder.state_dict(), state)
     if found.missing or found.unexpected: raise ValueError(f"{path} does not fit its own settings: {_say(found)}")

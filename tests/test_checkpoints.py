@@ -119,3 +119,15 @@ def test_atomic(tmp_path, monkeypatch):
     assert path.read_bytes()==old and [o.name for o in tmp_path.iterdir()]==['e.safetensors']
     with pytest.raises(OSError):
         with atomic_path(path/'below') as p: p.write_text('')
+
+@pytest.mark.parametrize('change,words', [
+    (dict(arch='hf-hub:somebody/model'), 'must name a known architecture'), (dict(arch='local-dir:/tmp'), 'known architecture'),
+    (dict(arch='no_such_net'), 'no known architecture'), (dict(args=dict(checkpoint_path='/etc/x')), 'checkpoint_path'),
+    (dict(args=dict(pretrained_cfg=dict(url='http://x'))), 'pretrained_cfg'), (dict(args=dict(act_layer=dict(a=1))), 'plain'),
+    (dict(args=dict(n_in=1, small_images=True, layers=[1]*4, channels=[16384]*4)), 'does not fit its own settings'),
+    (dict(args=dict(n_in=1, layers=[10**9]*4)), 'layers=.*78 tensors')])
+def test_a_file_that_lies(tmp_path, change, words):
+    "Refused by a line that names it; no network (the tests' guard sees to it), no memory of the size it claims"
+    path = save_encoder(small_encoder(), tmp_path/'e.safetensors')
+    save_file(load_file(path), path, metadata=dict(encoder=json.dumps(encoder_settings(path) | change)))
+    with pytest.raises(ValueError, match=words): load_encoder(path)
