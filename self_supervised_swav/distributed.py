@@ -49,7 +49,8 @@ class DDPTrainer(DistributedTrainer):
         self.old_dls,self.unsynced = None,sync_bn and on_cpu
 
     def before_fit(self):
-        model = get_model(self.learn.model)
+        self.unwrap()  # after a fit that ended in an error
+        model = self.learn.model
         if self.unsynced: self._warn_unsynced(model)
         queues = {n:m for n,m in model.named_modules() if isinstance(m, FeatureQueue)}
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [f'{n}.features' for n in queues])
