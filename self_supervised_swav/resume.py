@@ -116,7 +116,8 @@ def _model_settings(learn):
     return s
 
 def _callback_settings(cb):
-    if isinstance(cb, ParamScheduler): args = {f'{k} at {10*i} %': f(i/10) for k,f in cb.scheds.items() for i in range(10)}
+    if isinstance(cb, ParamScheduler):
+        args = {f'{k} at {10*i} %': f(i/10) for k,f in cb.scheds.items() for i in range(10)}
     else: args = {f'{cb.name}.{o}': vars(cb)[o] for o in signature(type(cb).__init__).parameters if o in vars(cb)}
     return {k: v for name,o in args.items() for k,v in _describe(name, o).items()}
 
@@ -158,7 +159,7 @@ class ResumeTraining(Callback):
         if self.file.is_dir(): raise ValueError(f"path must be a file, got the folder {path}")
         if every is not None and not (isinstance(every, int) and every>0):
             raise ValueError(f"every must be a positive number of batches or None, got {every}")
-        self.every,self.extend = every,extend
+        self.every,self.may_extend = every,extend
         self.n_fit,self.cycle_start = 0,0
         self.at_work,self.stopping = False,False
 
@@ -228,7 +229,8 @@ class ResumeTraining(Callback):
         if ckpt and 'settings' not in ckpt: raise ValueError(f"{self.file} is not a file of ResumeTraining")
         if ckpt and ckpt['fit']<self.n_fit: ckpt = None  # of the fit before this
         if ckpt and ckpt['fit']>self.n_fit: self._skip_fit(f"fit {self.n_fit+1} is finished, a later one is under way")
-        if self.extend and not (ckpt or self.n_fit): raise ValueError(f"extend=True needs a finished fit, but there is no {self.file}")
+        if self.may_extend and not (ckpt or self.n_fit):
+            raise ValueError(f"extend=True needs a finished fit, but there is no {self.file}")
         self.cycle_start = 0
         if ckpt:
             longer = self._extends(ckpt)
@@ -310,12 +312,13 @@ _may_change = re.compile(r'n_epoch|opt\.lr of group \d+|.* at \d+ %|.*_pct')
 def _extends(self:ResumeTraining, ckpt):
     "Does this fit add epochs to the finished one in the file?"
     n_file = ckpt['settings']['n_epoch']
-    if not self.extend or self.n_epoch==n_file: return False
+    if not self.may_extend or self.n_epoch==n_file: return False
     if not ckpt['finished']:
         raise ValueError(f"extend=True needs a finished fit, but {self.file} is at epoch {ckpt['epoch']} of {n_file}: "
                          f"let it finish with n_epoch={n_file} first")
     if self.n_epoch<=ckpt['epoch']:
-        raise ValueError(f"n_epoch must be more than the {ckpt['epoch']} epochs that are done in {self.file}, got {self.n_epoch}")
+        raise ValueError(f"n_epoch must be more than the {ckpt['epoch']} epochs that are done in {self.file}, "
+                         f"got {self.n_epoch}")
     return True
 
 @patch
@@ -342,7 +345,7 @@ def _restart_schedules(self:ResumeTraining):
 
 # %% ../nbs/27_resume.ipynb #da438f86
 Progress = namedtuple('Progress', 'epoch batch n_epoch finished')
-Progress.__doc__ = "How far a fit has come: epochs that are done, batches of the next one, epochs of the whole fit, whether it is finished"
+Progress.__doc__ = "Epochs that are done, batches of the next one, epochs of the whole fit, whether it is finished"
 
 def fit_progress(
     path # File of `ResumeTraining`

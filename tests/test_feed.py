@@ -22,7 +22,8 @@ class InBatchesOfItsOwn(TfmdDL):
 def make_dls(n=22, bs=4, workers=0, cls=TfmdDL, shuffle=True, drop_last=False):
     if cls is torch.utils.data.DataLoader: kwargs = dict(batch_size=bs)
     else: kwargs = dict(bs=bs, after_batch=jitter)
-    return DataLoaders(*[cls(Noisy(n), shuffle=shuffle, drop_last=drop_last, num_workers=workers, **kwargs) for _ in range(2)])
+    kwargs |= dict(shuffle=shuffle, drop_last=drop_last, num_workers=workers)
+    return DataLoaders(*[cls(Noisy(n), **kwargs) for _ in range(2)])
 
 def run(feed, stop_after=None):
     "Batches as lists, and the position after `stop_after` of the whole pass"
@@ -34,9 +35,13 @@ def run(feed, stop_after=None):
             break
     return res,position
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(shuffle=False), dict(drop_last=True), dict(workers=1), dict(workers=2), dict(workers=3, drop_last=True),
-    dict(cls=torch.utils.data.DataLoader), dict(cls=torch.utils.data.DataLoader, workers=1), dict(cls=InBatchesOfItsOwn)],
-    ids=['plain','in order','drop last','1 worker','2 workers','3 workers','torch','torch, 1 worker','own way'])
+torch_loader = torch.utils.data.DataLoader
+loaders = {'plain': dict(), 'in order': dict(shuffle=False), 'drop last': dict(drop_last=True),
+           '1 worker': dict(workers=1), '2 workers': dict(workers=2), '3 workers': dict(workers=3, drop_last=True),
+           'torch': dict(cls=torch_loader), 'torch, 1 worker': dict(cls=torch_loader, workers=1),
+           'own way': dict(cls=InBatchesOfItsOwn)}
+
+@pytest.mark.parametrize('kwargs', loaders.values(), ids=loaders.keys())
 def test_stop_anywhere_twice(kwargs):
     set_seed(0)
     dls = make_dls(**kwargs)

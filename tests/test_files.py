@@ -67,8 +67,8 @@ folder = Path(sys.argv[1])
 write_state(dict(w=torch.zeros(10)), folder/'last.pth')
 os.chmod(folder, 0o555)
 if os.geteuid()==0: os.setuid(65534)                        # root may write anywhere
-for f in (lambda: write_state({}, folder/'last.pth'), lambda: write_json({}, folder/'a.json'), lambda: check_writable(folder),
-          lambda: write_json({}, folder/'new'/'a.json')):
+for f in (lambda: write_state({}, folder/'last.pth'), lambda: write_json({}, folder/'a.json'),
+          lambda: check_writable(folder), lambda: write_json({}, folder/'new'/'a.json')):
     try: f()
     except PermissionError as e: print(e)
 '''

@@ -39,16 +39,20 @@ class Noisy:
 def jitter(x:torch.Tensor): return x+0.1*torch.randn_like(x)+random.random()+np.random.rand()
 
 def make_dls(n=26, bs=4, nw=0, torch_dl=False):
-    if torch_dl: return DataLoaders(*[torch.utils.data.DataLoader(Noisy(n), bs, shuffle=s, num_workers=nw, drop_last=s) for s in (True, False)])
-    return DataLoaders(*[TfmdDL(Noisy(n), bs=bs, shuffle=s, drop_last=s, num_workers=nw, after_batch=jitter) for s in (True, False)])
+    def loader(train):
+        kwargs = dict(shuffle=train, drop_last=train, num_workers=nw)
+        if torch_dl: return torch.utils.data.DataLoader(Noisy(n), bs, **kwargs)
+        return TfmdDL(Noisy(n), bs=bs, after_batch=jitter, **kwargs)
+    return DataLoaders(loader(True), loader(False))
 
-def make_net(width=6): return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, 1))
+def make_net(width=6):
+    return nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Dropout(0.3), nn.Linear(width, 1))
 
-def make(path, seed=0, every=2, cbs=(), net=make_net, **kwargs):
+def make(path, seed=0, every=2, cbs=(), net=make_net, extend=False, **kwargs):
     set_seed(seed)
     dl_kwargs = {k: kwargs.pop(k) for k in ('n','bs','nw','torch_dl') if k in kwargs}
     learn = Learner(make_dls(**dl_kwargs), net(), MSELossFlat(), path=Path(path).parent, metrics=mae,
-                    cbs=[*cbs, ResumeTraining(path, every=every)], **{'lr': 0.01, **kwargs})
+                    cbs=[*cbs, ResumeTraining(path, every=every, extend=extend)], **{'lr': 0.01, **kwargs})
     learn.logger = lambda *_: None
     return learn.remove_cb(ProgressCallback)
 
@@ -61,8 +65,9 @@ def flat(o):
 
 def result(learn):
     rec = learn.recorder
-    return dict(weights=flat(learn.model.state_dict()), losses=flat(rec.losses), lrs=flat(rec.lrs), values=flat(rec.values), iters=flat(rec.iters),
-                hps=flat(getattr(rec, 'hps', {})), opt=flat(learn.opt.state_dict()), rng=flat(get_rng_state()),
+    return dict(weights=flat(learn.model.state_dict()), opt=flat(learn.opt.state_dict()), rng=flat(get_rng_state()),
+                losses=flat(rec.losses), lrs=flat(rec.lrs), values=flat(rec.values), iters=flat(rec.iters),
+                hps=flat(getattr(rec, 'hps', {})),
                 loaders=[flat(getattr(dl, 'rng', random).getstate()) for dl in learn.dls.loaders])
 
 class PowerCut(BaseException): pass
@@ -97,7 +102,8 @@ def assert_resumes(tmp_path, fit, cuts, **kwargs):
 
 
 # an epoch is 6 batches to train and 7 to validate
-@pytest.mark.parametrize('fit', [lambda l: l.fit(3), lambda l: l.fit_one_cycle(3, 0.02), lambda l: l.fit_flat_cos(3, 0.02),
+@pytest.mark.parametrize('fit', [
+    lambda l: l.fit(3), lambda l: l.fit_one_cycle(3, 0.02), lambda l: l.fit_flat_cos(3, 0.02),
     lambda l: l.fit_warmup_cos(3, 0.02, warmup=1)], ids=['fit','fit_one_cycle','fit_flat_cos','fit_warmup_cos'])
 @pytest.mark.parametrize('every', [None, 1, 4])
 def test_fits(tmp_path, fit, every):
@@ -147,7 +153,8 @@ class CPUMixed(MixedPrecision):
     "fp16's loss scaling, on a CPU: the scale starts at 2^17 and grows every three steps"
     def before_fit(self):
         super().before_fit()
-        self.autocast,self.learn.scaler = torch.autocast('cpu', torch.bfloat16),torch.amp.GradScaler('cpu', init_scale=2.**17, growth_interval=3)
+        self.autocast = torch.autocast('cpu', torch.bfloat16)
+        self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**17, growth_interval=3)
 
 def test_mixed_precision(tmp_path):
     learn = assert_resumes(tmp_path, lambda l: l.fit(2), [9, 4], cbs=[CPUMixed()])
@@ -175,7 +182,8 @@ def test_best_model(tmp_path, cuts):
 def test_early_stopping(tmp_path):
     "Stops at the same epoch; a fit that was stopped early is finished"
     def fit(l): l.fit(12, 0.5)
-    learn = assert_resumes(tmp_path, fit, [16, 14], cbs=[EarlyStoppingCallback(patience=2), ReduceLROnPlateau(patience=1)])
+    cbs = [EarlyStoppingCallback(patience=2), ReduceLROnPlateau(patience=1)]
+    learn = assert_resumes(tmp_path, fit, [16, 14], cbs=cbs)
     assert len(learn.recorder.values) < 12
 
 def test_recorder(tmp_path):
@@ -185,7 +193,8 @@ def test_recorder(tmp_path):
     learn = assert_resumes(tmp_path, fit, [17, 3], every=1)
     assert len(learn.recorder.metric_names) == 6
 
-def test_short_epochs(tmp_path): assert_resumes(tmp_path, lambda l: l.fit(4), [6], every=1, cbs=[ShortEpochCallback(0.4)])
+def test_short_epochs(tmp_path):
+    assert_resumes(tmp_path, lambda l: l.fit(4), [6], every=1, cbs=[ShortEpochCallback(0.4)])
 
 class Counter(Callback):
     "State of its own making, kept by the protocol"
@@ -224,7 +233,8 @@ def test_the_loader_is_left_as_it_was(tmp_path):
     dl = learn.dls.train
     before = set(vars(dl)) | set(vars(dl.fake_l))
     learn.fit(1)
-    assert (set(vars(dl)) | set(vars(dl.fake_l)))-before <= {'_n_inp','_types','_DataLoader__idxs'} and '_with_events' not in vars(learn)
+    assert (set(vars(dl)) | set(vars(dl.fake_l)))-before <= {'_n_inp','_types','_DataLoader__idxs'}
+    assert '_with_events' not in vars(learn)
 
 def test_callback_does_not_change_the_run(tmp_path):
     "With and without it: the same random numbers, the same bits"
@@ -255,11 +265,12 @@ def test_a_crash_leaves_the_learner_usable(tmp_path):
     assert len(learn.recorder.values) == 1
 
 
-def make_swav(path, seed=0, every=2):
-    "SwAV on digits: random crops, a queue that is in use from the middle of the second epoch, prototypes frozen for the first"
+def make_swav(path, seed=0, every=2, extend=False):
+    "SwAV on digits: random crops, a queue in use from the middle of the second epoch, prototypes frozen for the first"
     seed_all(seed)
-    return small_learner(seed=seed, dls=digits(100, bs=16), n_protos=12, K=20, queue_start_pct=0.5, freeze_protos_pct=1/3,
-                         cbs=[ResumeTraining(path, every=every)], learner=dict(path=Path(path).parent, opt_func=lars, lr=0.6))
+    return small_learner(seed=seed, dls=digits(100, bs=16), n_protos=12,
+                         K=20, queue_start_pct=0.5, freeze_protos_pct=1/3, cbs=[ResumeTraining(path, every=every, extend=extend)],
+                         learner=dict(path=Path(path).parent, opt_func=lars, lr=0.6))
 
 @pytest.mark.parametrize('every,cuts', [(1, [4, 6, 2]), (None, [8, 13])])
 def test_swav(tmp_path, monkeypatch, every, cuts):
@@ -272,7 +283,8 @@ def test_swav_with_other_crops_is_refused(tmp_path):
     with pytest.raises(PowerCut): learn.fit(1)
     learn = make_swav(tmp_path/'last.pth')
     learn.swav.aug_pipelines = small_augs(crop_sizes=(16, 8)); learn.swav.temp = 0.2
-    with pytest.raises(ValueError, match=r'(?s)swav.aug_pipelines.2.: .*size=10.*size=8.*swav.temp: 0.1 in the file, 0.2 here'): learn.fit(1)
+    said = r'(?s)swav.aug_pipelines.2.: .*size=10.*size=8.*swav.temp: 0.1 in the file, 0.2 here'
+    with pytest.raises(ValueError, match=said): learn.fit(1)
 
 
 # ---- more epochs
@@ -281,8 +293,7 @@ def extend(path, n_epoch=4, fit='fit_one_cycle', cut=None, **kwargs):
     "A fit of two epochs, then another script that extends it to `n_epoch`"
     first = make(path, **kwargs)
     getattr(first, fit)(2, 0.02)
-    learn = make(path, seed=5, **kwargs)
-    learn.resume_training.extend = True
+    learn = make(path, seed=5, **kwargs, extend=True)
     if cut: cut_after(learn, cut)
     getattr(learn, fit)(n_epoch, 0.02)
     return learn
@@ -293,7 +304,8 @@ def test_extending_is_another_fit_of_the_same_learner(tmp_path):
     twice = make(tmp_path/'other.pth')
     twice.remove_cb(twice.resume_training)
     for _ in range(2): twice.fit(2, 0.02)
-    assert flat(learn.model.state_dict()) == flat(twice.model.state_dict()) and flat(learn.opt.state_dict()) == flat(twice.opt.state_dict())
+    assert flat(learn.model.state_dict()) == flat(twice.model.state_dict())
+    assert flat(learn.opt.state_dict()) == flat(twice.opt.state_dict())
     assert len(learn.recorder.losses) == 4*6 and len(learn.recorder.values) == 4
 
 @pytest.mark.parametrize('fit', ['fit_one_cycle','fit_warmup_cos'])
@@ -303,8 +315,8 @@ def test_schedule_of_an_extension(tmp_path, fit):
     one = make(tmp_path/'other.pth'); getattr(one, fit)(2, 0.02)
     first,second = learn.recorder.lrs[:12],learn.recorder.lrs[12:]
     assert first == one.recorder.lrs and learn.recorder.hps['lr'] == learn.recorder.lrs
-    # the shares of the cycle are sums of 12 terms there and quotients here, so they differ by less than 12 eps of float64;
-    # the steepest schedule, the warm-up, multiplies that by less than 100
+    # the shares of the cycle are sums of 12 terms in one fit and quotients in the other, so they differ by less
+    # than 12 eps of float64; the steepest part of the schedule multiplies that by less than 100
     if fit=='fit_one_cycle': np.testing.assert_allclose(second, first, rtol=0, atol=0.02*100*12*np.finfo(float).eps)
     assert second[0] < 0.002 and max(second) > 0.018 and second[-1] < 0.002
 
@@ -313,8 +325,7 @@ def test_an_extension_that_is_stopped(tmp_path):
     whole = extend(tmp_path/'whole.pth', every=1)
     with pytest.raises(PowerCut): extend(tmp_path/'cut.pth', every=1, cut=9)
     for seed,again in enumerate((True,False)):
-        learn = make(tmp_path/'cut.pth', seed=seed, every=1)
-        learn.resume_training.extend = again
+        learn = make(tmp_path/'cut.pth', seed=seed, every=1, extend=again)
         if again: cut_after(learn, 8)
         if again:
             with pytest.raises(PowerCut): learn.fit_one_cycle(4, 0.02)
@@ -323,16 +334,14 @@ def test_an_extension_that_is_stopped(tmp_path):
     assert not [k for k in want if got[k] != want[k]]
     written = (tmp_path/'cut.pth').read_bytes()
     for again in (True,False):
-        learn = make(tmp_path/'cut.pth', seed=7, every=1)
-        learn.resume_training.extend = again
+        learn = make(tmp_path/'cut.pth', seed=7, every=1, extend=again)
         learn.fit_one_cycle(4, 0.02)
         got = result(learn)
         assert not [k for k in want if got[k] != want[k]] and (tmp_path/'cut.pth').read_bytes() == written
 
 def test_extending_twice(tmp_path):
     extend(tmp_path/'last.pth')
-    learn = make(tmp_path/'last.pth', seed=8)
-    learn.resume_training.extend = True
+    learn = make(tmp_path/'last.pth', seed=8, extend=True)
     learn.fit_one_cycle(5, 0.01)                              # a lower rate, too
     lrs = learn.recorder.lrs
     assert len(lrs) == 30 and 0.018 < max(lrs[12:24]) and 0.008 < max(lrs[24:]) <= 0.01
@@ -340,25 +349,25 @@ def test_extending_twice(tmp_path):
 def test_schedules_are_left_as_they_were(tmp_path):
     sched = ParamScheduler({'lr': lambda pct: 0.01*(1-pct)})
     learn = make(tmp_path/'a.pth', cbs=[sched]); learn.fit(1)
-    scheds,learn = sched.scheds,make(tmp_path/'a.pth', cbs=[sched])
-    learn.resume_training.extend = True
+    scheds,learn = sched.scheds,make(tmp_path/'a.pth', cbs=[sched], extend=True)
     learn.fit(2)
     # shares of the fit are sums of 6 terms in the first fit, quotients in the second
-    assert sched.scheds is scheds and learn.recorder.lrs[6:] == pytest.approx(learn.recorder.lrs[:6], rel=0, abs=0.01*6*np.finfo(float).eps)
+    lrs = learn.recorder.lrs
+    assert sched.scheds is scheds and lrs[6:] == pytest.approx(lrs[:6], rel=0, abs=0.01*6*np.finfo(float).eps)
 
 def test_swav_extension(tmp_path):
     "The queue stays in use and the prototypes stay free, although their shares of the longer fit are not reached yet"
     path,used,frozen = tmp_path/'last.pth',[],[]
     def fit(n_epoch):
-        learn = make_swav(path)
-        learn.resume_training.extend = path.exists()
+        learn = make_swav(path, extend=path.exists())
         class Watch(Callback):
             def after_loss(self):
                 if self.training: used.append(self.swav.uses_queue)
             def after_step(self): frozen.append(self.learn.model.prototypes.weight.grad is None)
         learn.fit_warmup_cos(n_epoch, 0.6, cbs=Watch())
     fit(3)
-    assert used == [False]*8+[True]*7 and frozen == [True]*5+[False]*10       # of 15 steps: half, rounded to even, and a third
+    # of 15 steps: a half, rounded to an even number, and a third
+    assert used == [False]*8+[True]*7 and frozen == [True]*5+[False]*10
     fit(12)
     assert used[15:] == [True]*45 and frozen[15:] == [False]*45
 
@@ -376,8 +385,7 @@ def test_extensions_that_are_refused(tmp_path, first, n_epoch, kwargs, said):
         if first=='cut': cut_after(learn, 15)
         try: learn.fit_one_cycle(2, 0.02)
         except PowerCut: pass
-    learn = make(path, seed=3, **kwargs)
-    learn.resume_training.extend = True
+    learn = make(path, seed=3, **kwargs, extend=True)
     weights,written = flat(learn.model.state_dict()),path.exists() and path.read_bytes()
     with pytest.raises(ValueError, match=said): learn.fit_one_cycle(n_epoch, 0.02)
     assert flat(learn.model.state_dict()) == weights and (path.exists() and path.read_bytes()) == written
@@ -390,9 +398,8 @@ def test_extension_of_a_fit_that_was_stopped_early(tmp_path):
     cbs = lambda: [EarlyStoppingCallback(min_delta=1e9)]       # nothing is good enough
     make(tmp_path/'last.pth', cbs=cbs()).fit(5)
     assert fit_progress(tmp_path/'last.pth') == (2, 0, 5, True)
-    learn = make(tmp_path/'last.pth', cbs=cbs())
+    learn = make(tmp_path/'last.pth', cbs=cbs(), extend=True)
     learn.early_stopping.run = False
-    learn.resume_training.extend = True
     learn.fit(7)
     assert 2 < len(learn.recorder.values) <= 7
 
@@ -455,10 +462,12 @@ def test_other_settings_are_refused(tmp_path, change, fit, said):
     with pytest.raises(ValueError, match=said): (fit or (lambda l: l.fit(3)))(other)
     assert path.read_bytes() == before and flat(other.model.state_dict()) == weights
 
-@pytest.mark.parametrize('a,b', [(dict(pct_start=0.3), dict(pct_start=0.4)), (dict(lr_max=0.1), dict(lr_max=0.2)), (dict(moms=(0.9, 0.8, 0.9)), dict())])
+@pytest.mark.parametrize('a,b', [(dict(pct_start=0.3), dict(pct_start=0.4)), (dict(lr_max=0.1), dict(lr_max=0.2)),
+                                 (dict(moms=(0.9, 0.8, 0.9)), dict())])
 def test_other_schedules_are_refused(tmp_path, a, b):
     make(tmp_path/'last.pth').fit_one_cycle(1, **a)
-    with pytest.raises(ValueError, match=r' at \d+ %: \[?[0-9.e-]+\]? in the file'): make(tmp_path/'last.pth').fit_one_cycle(1, **b)
+    learn = make(tmp_path/'last.pth')
+    with pytest.raises(ValueError, match=r' at \d+ %: \[?[0-9.e-]+\]? in the file'): learn.fit_one_cycle(1, **b)
 
 def test_every_and_progress_may_change(tmp_path):
     learn = make(tmp_path/'last.pth', every=1); cut_after(learn, 4)
@@ -558,8 +567,8 @@ def run(path, out, nw=0):
     torch.save(result(learn), out)
 
 def kill_until_done(start, path, out, seconds, n_kills, seed):
-    """`start` a process and kill it, `n_kills` times; then let it end. Every other time the random moment is counted from the
-    process's first checkpoint on, so that, however busy the machine, half of the kills come in the midst of new work"""
+    """`start` a process and kill it, `n_kills` times; then let it end. Every other time the random moment is counted
+    from the process's first checkpoint on, so that, however busy the machine, half of the kills come during new work"""
     def written(): return path.stat().st_mtime_ns if path.exists() else 0
     rnd,killed,places = random.Random(seed),0,set()
     while killed < n_kills:
@@ -581,7 +590,8 @@ def kill_until_done(start, path, out, seconds, n_kills, seed):
 class Forked:
     "A process that need not import everything again"
     def __init__(self, *args):
-        self.p = ctx.Process(target=run, args=args)  # of a server without threads: a fork of this process might hang or fail in autograd
+        # of a server without threads: a fork of this process might hang or fail in autograd
+        self.p = ctx.Process(target=run, args=args)
         self.p.start()
     def poll(self): return self.p.exitcode
     def kill(self): self.p.kill()
