@@ -11,35 +11,41 @@ def cosines(*shape, device='cpu', dim=128):
     "Scores of random unit vectors: (...,B,K)"
     torch.manual_seed(0)
     *batch,K = shape
-    return F.normalize(torch.randn(*batch, dim, device=device), dim=-1)@F.normalize(torch.randn(K, dim, device=device), dim=1).T
+    return F.normalize(torch.randn(*batch, dim, device=device),
+                       dim=-1)@F.normalize(torch.randn(K, dim, device=device), dim=1).T
 
-# --- codes -------------------------------------------------------------------------------------------------------------------
+# --- codes ------------------------------------------------------------------------------------------------------------
 def sinkhorn_contestants(B, K, device='cpu', limit=True):
-    "Codes as the callback computes them, into a buffer that is there already, and as a plain call; lightly's; memory traffic alone"
+    """Codes as the callback computes them, into a buffer that is there already, and as a plain call; lightly's; memory
+    traffic alone"""
     S = cosines(B, K, device=device)
     Q = torch.empty_like(S)
     def stream():
-        "As often through memory as three turns must: scores in, exponentials out, read for each further turn, scaled in place"
+        """As often through memory as three turns must: scores in, exponentials out, read for each further turn, scaled
+        in place"""
         Q.copy_(S)
         for _ in range(2): Q.sum()
         Q.mul_(1.)
-    fs = {'this package': lambda: sinkhorn(S, bound=1., out=Q), 'without `out`': lambda: sinkhorn(S, bound=1.), 'lightly': lambda: lightly_sinkhorn(S)}
+    fs = {'this package': lambda: sinkhorn(S, bound=1., out=Q), 'without `out`': lambda: sinkhorn(S, bound=1.),
+          'lightly': lambda: lightly_sinkhorn(S)}
     return fs|({'memory alone': stream} if limit else {})
 
 def sinkhorn_rows(sizes=((8,30),(512,3000),(4096,3000),(16384,3000)), rounds=9, device='cpu'):
     for B,K in sizes:
         big = B*K>1e6
         times,size = race(sinkhorn_contestants(B, K, device, big), rounds, device),f'{B}x{K}'
-        yield Row.of_times('Sinkhorn into a buffer', size, times, 'lightly', '2x (4x)' if (B,K) in ((512,3000),(4096,3000)) else '')
+        yield Row.of_times('Sinkhorn into a buffer', size, times, 'lightly',
+                           '2x (4x)' if (B,K) in ((512,3000),(4096,3000)) else '')
         yield Row.of_times('Sinkhorn, plain call', size, times, 'lightly', ours='without `out`')
         if big: yield Row.of_times('Sinkhorn into a buffer', size, times, 'memory alone')
 
-# --- loss --------------------------------------------------------------------------------------------------------------------
+# --- loss -------------------------------------------------------------------------------------------------------------
 class NoSinkhorn(SwaVLoss):
     "lightly's loss for codes that are given"
     def forward(self, scores, codes):
         total = 0.
-        for i,q in enumerate(codes): total = total + sum(self.subloss(s, q) for v,s in enumerate(scores) if v!=i)/(len(scores)-1)
+        for i,q in enumerate(codes):
+            total = total + sum(self.subloss(s, q) for v,s in enumerate(scores) if v!=i)/(len(scores)-1)
         return total/len(codes)
 
 def loss_and_grad(name, V, B, K, device='cpu', small=False):
@@ -62,24 +68,32 @@ def loss_contestants(*size, device='cpu'):
 def loss_rows(sizes=((8,8,30),(8,256,3000)), rounds=9, device='cpu', memory=True):
     for V,B,K in sizes:
         fs,size = loss_contestants(V, B, K, device=device),f'{V} crops, {B}x{K}'
-        yield Row.of_times('loss + gradient', size, race(fs, rounds, device, least=.1), 'lightly', '4x (6x)' if B==256 else '')
+        yield Row.of_times('loss + gradient', size, race(fs, rounds, device, least=.1), 'lightly',
+                           '4x (6x)' if B==256 else '')
         if B*K<1e5: continue
         yield Row.of_times('loss + gradient, caches cold', size, race(fs, rounds, device, least=0), 'lightly')
         if not memory: continue
         a,b = (peak_memory(loss_and_grad, n, V, B, K, device, device=device)/2**20 for n in ('this package','lightly'))
-        yield Row('loss + gradient: peak memory', size, f'{a:.0f} MB', 'lightly', f'{b:.0f} MB', f'1/{b/a:.1f}', '1/2 (1/3)')
+        yield Row('loss + gradient: peak memory', size, f'{a:.0f} MB', 'lightly', f'{b:.0f} MB', f'1/{b/a:.1f}',
+                  '1/2 (1/3)')
 
-# --- growth ------------------------------------------------------------------------------------------------------------------
+# --- growth -----------------------------------------------------------------------------------------------------------
 def growth_rows(base=(512,768), crops=4, rounds=5, device='cpu'):
     "Each cost at 1, 2, 4, 8 times the size, and the power of the size it grows with"
     B,K = base
     cases = {('Sinkhorn',f'batch {B}..{8*B}, {K} prototypes'): lambda n: sinkhorn_contestants(n*B, K, device, False),
              ('Sinkhorn',f'batch {B}, {K}..{8*K} prototypes'): lambda n: sinkhorn_contestants(B, n*K, device, False),
-             ('loss + gradient',f'batch {B//8}..{B}, {K} prototypes, {crops} crops'): lambda n: loss_contestants(crops, n*B//8, K, device=device),
-             ('loss + gradient',f'batch {B//8}, {K}..{8*K} prototypes, {crops} crops'): lambda n: loss_contestants(crops, B//8, n*K, device=device),
-             ('loss + gradient',f'batch {B//8}, {K} prototypes, {crops}..{8*crops} crops'): lambda n: loss_contestants(n*crops, B//8, K, device=device)}
+             ('loss + gradient',f'batch {B//8}..{B}, {K} prototypes, {crops} crops'): lambda n: loss_contestants(crops,
+                 n*B//8, K, device=device),
+             ('loss + gradient',
+              f'batch {B//8}, {K}..{8*K} prototypes, {crops} crops'): lambda n: loss_contestants(crops, B//8, n*K,
+                  device=device),
+             ('loss + gradient',
+              f'batch {B//8}, {K} prototypes, {crops}..{8*crops} crops'): lambda n: loss_contestants(n*crops, B//8, K,
+                  device=device)}
     for (what,size),make in cases.items():
-        times = [race({k:f for k,f in make(n).items() if k in ('this package','lightly')}, rounds, device) for n in (1,2,4,8)]
+        times = [race({k:f for k,f in make(n).items() if k in ('this package','lightly')}, rounds, device)
+                 for n in (1,2,4,8)]
         yield growth_row(what, size, times, 'lightly')
 
 def growth_row(what, size, times, peer):

@@ -63,14 +63,17 @@ class PretrainArgs(ImageArgs):
     "Pretrain an encoder on images without labels"
     source:str # Folder of images, searched recursively; or 'digits' or 'fashion-mnist'
     out:str = option(metavar='FOLDER') # Folder of the run (default: runs/ and the name of the source)
-    arch:str = option(metavar='NAME') # Architecture of the encoder: a name of timm, torchvision or fastai (default: resnet18, a smaller one for digits and fashion-mnist)
+    # Architecture of the encoder: a name of timm, torchvision or fastai (default: resnet18, a smaller one for digits
+    # and fashion-mnist)
+    arch:str = option(metavar='NAME')
     method:str = option('swav', metavar='NAME') # Method: swav, or another one that the package has, such as simclr
     size:int = option(metavar='PX') # Size of the images (default: their own, at most 320)
     n_in:int = option(metavar='N') # Channels of the images: 3 for color, 1 for gray (default: as the images)
     epochs:int = option(metavar='N') # Epochs (default: from the number of images)
     seed:int = option(42, metavar='N') # Seed of everything random
     resume:bool = False # Continue the run in --out with its own settings
-    settings:list = option((), flag='set', nargs='+', metavar='NAME=VALUE', type=str) # More settings, such as n_protos=64 eps=0.03 encoder.drop_path_rate=0.1
+    # More settings, such as n_protos=64 eps=0.03 encoder.drop_path_rate=0.1
+    settings:list = option((), flag='set', nargs='+', metavar='NAME=VALUE', type=str)
     valid_pct:float = option(.2, metavar='SHARE') # Share of the images held out
     n_images:int = option(metavar='N') # Train on a random part of this many images
     knn:bool = True # The k-NN accuracy after each epoch, where the folders are labels
@@ -89,8 +92,10 @@ class EvaluateArgs(ImageArgs):
     "Compare a pretrained encoder with raw pixels, an untrained encoder and training from scratch, on labels"
     run:str # Folder of a run, or the file of its encoder
     source:str # Images with labels: a folder with one folder per class; or 'digits' or 'fashion-mnist'
-    labels:list = option(('1%','10%'), nargs='+', metavar='N|N%', type=str) # Few labels: shares of each class (1%) or numbers per class (10)
-    seeds:int = option(5, metavar='N') # Draws of the few labels, untrained encoders and trainings; 95 % intervals need 3 or more
+    # Few labels: shares of each class (1%) or numbers per class (10)
+    labels:list = option(('1%','10%'), nargs='+', metavar='N|N%', type=str)
+    # Draws of the few labels, untrained encoders and trainings; 95 % intervals need 3 or more
+    seeds:int = option(5, metavar='N')
     epochs:int = option(50, metavar='N') # Epochs of fine-tuning and of training from scratch; 0 for neither
     k:int = option(20, metavar='N') # Nearest neighbors of the k-NN accuracy
     valid_pct:float = option(metavar='SHARE') # Share of the images held out (default: as in the run)
@@ -98,7 +103,8 @@ class EvaluateArgs(ImageArgs):
 
     def check(self):
         super().check()
-        for name,least in (('seeds',1), ('epochs',0), ('k',1), ('n_images',2)): check_least(name, getattr(self, name), least)
+        for name,least in (('seeds',1), ('epochs',0), ('k',1), ('n_images',2)):
+            check_least(name, getattr(self, name), least)
         check_arg('epochs', self.epochs, lambda o: not 0<o<3, '0 or at least 3')
         _check_share('valid_pct', self.valid_pct)
         self.labels = [str(o) for o in self.labels]
@@ -109,9 +115,11 @@ def label_part(
 )->dict: # Arguments of `few_label_idxs`
     "How many labels `text` stands for"
     try: part = dict(fraction=float(text[:-1])/100) if text.endswith('%') else dict(n_per_class=int(text))
-    except ValueError: raise ValueError(f"labels must be numbers per class or shares, such as 10 or 1%, got {text!r}") from None
+    except ValueError:
+        raise ValueError(f"labels must be numbers per class or shares, such as 10 or 1%, got {text!r}") from None
     value = next(iter(part.values()))
-    if not value>0 or part.get('fraction', 0)>1: raise ValueError(f"labels must be at least 1 per class, or more than 0% and at most 100%, got {text!r}")
+    if not value>0 or part.get('fraction', 0)>1:
+        raise ValueError(f"labels must be at least 1 per class, or more than 0% and at most 100%, got {text!r}")
     return part
 
 # %% ../nbs/17_args.ipynb #c79dcc1e
@@ -120,11 +128,13 @@ class EmbedArgs(ImageArgs):
     "Write the features of all images in a folder, with the names of their files"
     run:str # Folder of a run, or the file of its encoder
     folder:str # Folder of images, searched recursively
-    out:str = option('features.npy', short='o', metavar='FILE') # File to write: .npy, with the names in a .txt beside it, or .parquet (needs pyarrow)
+    # File to write: .npy, with the names in a .txt beside it, or .parquet (needs pyarrow)
+    out:str = option('features.npy', short='o', metavar='FILE')
 
     def check(self):
         super().check()
-        check_arg('out', self.out, lambda o: str(o).endswith(('.npy','.parquet')), 'a file that ends in .npy or .parquet')
+        check_arg('out', self.out, lambda o: str(o).endswith(('.npy','.parquet')),
+                  'a file that ends in .npy or .parquet')
 
 # %% ../nbs/17_args.ipynb #743d7ff4
 def versions(

@@ -25,7 +25,8 @@ from .fused import FusedAugment, as_type_of, channel_stats, check_color, plain_t
 class ExactAugment(nn.Module):
     "The chain of kornia's operations that `FusedAugment` fuses; same arguments"
     def __init__(self, size, scale=(.14,1.), ratio=(3/4,4/3), flip_p=.5, rotate_p=0., rotate_deg=(-30.,30.),
-                 jitter_p=.8, jitter=(.8,.8,.8,.2), bw_p=.2, blur_p=.5, blur_s=(.1,2.), stats=None, same_on_batch=False):
+                 jitter_p=.8, jitter=(.8,.8,.8,.2), bw_p=.2, blur_p=.5, blur_s=(.1,2.), stats=None,
+                 same_on_batch=False):
         super().__init__()
         store_attr()
         self.chains = nn.ModuleDict()
@@ -75,7 +76,8 @@ class BatchAugment(Transform):
     def decodes(self, x:Tensor): return self._affine(x, lambda x,m,s: x*s+m) if _is_image(x) else x
     def normalize(self, x): return self._affine(x, lambda x,m,s: (x-m)/s)
     def _affine(self, x, f):
-        m,s = (torch.tensor(o, dtype=x.dtype, device=x.device)[:,None,None] for o in channel_stats(self.aug.stats, x.shape[1]))
+        m,s = (torch.tensor(o, dtype=x.dtype, device=x.device)[:,None,None]
+               for o in channel_stats(self.aug.stats, x.shape[1]))
         return as_type_of(f(plain_tensor(x), m, s), x)
 
 # %% ../nbs/12_augment.ipynb #cb254f8b
@@ -177,10 +179,12 @@ def _check_pipelines(ps):
     "`ps` as a list of at least two fastai Pipelines for the training split"
     ps = list(ps) if hasattr(ps, '__iter__') else ps
     if not isinstance(ps, list) or not all(isinstance(p, Pipeline) for p in ps):
-        raise TypeError(f"aug_pipelines must be a list of fastai Pipelines, as get_swav_aug_pipelines gives, got {ps!r}")
+        raise TypeError(f"aug_pipelines must be a list of fastai Pipelines, as get_swav_aug_pipelines gives, got "
+                        f"{ps!r}")
     if len(ps)<2: raise ValueError(f"aug_pipelines must hold at least two, one a crop, to compare; got {len(ps)}")
     wrong = [i for i,p in enumerate(ps) if p.split_idx!=0]
-    if wrong: raise ValueError(f"aug_pipelines must have split_idx=0, got {[ps[i].split_idx for i in wrong]} at {wrong}")
+    if wrong:
+        raise ValueError(f"aug_pipelines must have split_idx=0, got {[ps[i].split_idx for i in wrong]} at {wrong}")
     return ps
 
 def _batch_augment(p):
@@ -245,7 +249,8 @@ class MultiCrop:
         n:int|None=None # Only the crops of the first `n` images
     )->list: # V plain tensors in [0,1]
         "Crops as pictures, denormalized"
-        if len(crops)!=len(self): raise ValueError(f"crops must be {len(self)} tensors, one a pipeline, got {len(crops)}")
+        if len(crops)!=len(self):
+            raise ValueError(f"crops must be {len(self)} tensors, one a pipeline, got {len(crops)}")
         pics = [p.decode(TensorImage(c[:n].detach().float())) for p,c in zip(self.pipelines, crops)]
         return [o.as_subclass(Tensor).clamp(0,1) for o in pics]
 

@@ -42,7 +42,8 @@ def _own_settings(encoder, views):
     own = dict(getattr(encoder, 'settings', {}))
     args = own.get('args', {})
     # what JSON cannot hold is kept as text: better than to fail at the end of a long run
-    if lost := {k: repr(v) for k,v in args.items() if not _is_json(v)}: own.update(args={k: v for k,v in args.items() if k not in lost}, lost=lost)
+    if lost := {k: repr(v) for k,v in args.items() if not _is_json(v)}:
+        own.update(args={k: v for k,v in args.items() if k not in lost}, lost=lost)
     if views is None: return own
     conv = first_conv(encoder)
     n_in = 3 if conv is None else conv.in_channels
@@ -58,7 +59,8 @@ def save_encoder(
     encoder,views = encoder_of(learn_or_encoder)
     text = json.dumps(_own_settings(encoder, views) | settings)
     # a compiled module's names have a prefix; clones, for safetensors takes no two tensors of the same memory
-    state = {k.replace('_orig_mod.', ''): v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in encoder.state_dict().items()}
+    state = {k.replace('_orig_mod.', ''): v.detach().cpu().clone(memory_format=torch.contiguous_format)
+             for k,v in encoder.state_dict().items()}
     with atomic_path(path) as p: p.write_bytes(save(state, metadata=dict(encoder=text)))
     return Path(path)
 
@@ -75,24 +77,29 @@ def encoder_settings(
 )->dict: # arch, args, and what else was saved: stats, size
     "The settings in a file, without its weights"
     with _open(path) as f: text = (f.metadata() or {}).get('encoder')
-    if text is None: raise ValueError(f"{path} says nothing of its encoder, so save_encoder did not write it: make an encoder and use load_weights")
+    if text is None:
+        raise ValueError(f"{path} says nothing of its encoder, so save_encoder did not write it: make an encoder and "
+                         "use load_weights")
     return json.loads(text)
 
 _outside_args = 'checkpoint_path','cache_dir','weights','features_only','scriptable','exportable','no_jit','arch'
 _depth_args = 'layers','depths','depth','block_depths','num_layers'
 
 def _is_plain_value(o):
-    return o is None or isinstance(o, (bool,int,float,str)) or isinstance(o, (list,tuple)) and all(map(_is_plain_value, o))
+    return o is None or isinstance(o,
+                                   (bool,int,float,str)) or isinstance(o, (list,tuple)) and all(map(_is_plain_value, o))
 
 def _all_values(o): return [v for p in o for v in _all_values(p)] if isinstance(o, (list,tuple)) else [o]
 
 def _check_settings(settings, where):
     "Raise where settings are not what `save_encoder` writes for a known architecture"
-    if not isinstance(settings, dict): raise ValueError(f"{where} must hold settings by name, got {type(settings).__name__}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where} must hold settings by name, got {type(settings).__name__}")
     arch,args = settings.get('arch'),settings.get('args', {})
     if not isinstance(arch, str) or ':' in arch or '/' in arch:
         raise ValueError(f"{where} must name a known architecture, got arch={arch!r}")
-    if not isinstance(args, dict): raise ValueError(f"{where} must hold the arguments of {arch!r} by name, got {args!r}")
+    if not isinstance(args, dict):
+        raise ValueError(f"{where} must hold the arguments of {arch!r} by name, got {args!r}")
     for k,v in args.items():
         if k in _outside_args or k.startswith(('pretrained','hf_')) or not k.isidentifier():
             raise ValueError(f"{where} has an argument that no saved encoder has: {k!r}")
@@ -103,7 +110,8 @@ def _check_shapes(path, settings):
     with _open(path) as f: shapes = {k: torch.empty(f.get_slice(k).get_shape(), device='meta') for k in f.keys()}
     for k in _depth_args: # every layer has a tensor
         if any(isinstance(o, int) and o>len(shapes) for o in _all_values(settings.get('args', {}).get(k))):
-            raise ValueError(f"{path} does not fit its own settings: {k}={settings['args'][k]!r}, {len(shapes)} tensors")
+            raise ValueError(f"{path} does not fit its own settings: {k}={settings['args'][k]!r}, {len(shapes)} "
+                             "tensors")
     try:
         with torch.device('meta'): own = create_from_settings(settings).state_dict()
     except (NotImplementedError, RuntimeError): return # an architecture that cannot be built without memory
@@ -114,11 +122,17 @@ def create_from_settings(
     settings:dict # Of an encoder, or of a file
 )->nn.Module: # With fresh random weights
     "An encoder of the architecture in `settings`"
-    create,lost = dict(timm=create_timm_encoder, fastai=create_fastai_encoder).get(settings.get('library')),settings.get('lost')
-    if lost: raise ValueError(f"no file can hold the arguments {lost} of this encoder: make it with create_encoder and use load_weights")
-    if create is None: raise ValueError("settings must say what made the encoder, as those of create_encoder do: make it as it was made and use load_weights")
+    create = dict(timm=create_timm_encoder, fastai=create_fastai_encoder).get(settings.get('library'))
+    lost = settings.get('lost')
+    if lost:
+        raise ValueError(f"no file can hold the arguments {lost} of this encoder: make it with create_encoder and use "
+                         "load_weights")
+    if create is None:
+        raise ValueError("settings must say what made the encoder, as those of create_encoder do: make it as it was "
+                         "made and use load_weights")
     _check_settings(settings, 'settings')
-    return create(settings['arch'], pretrained=False, **{k: tuple(v) if isinstance(v, list) else v for k,v in settings['args'].items()})
+    return create(settings['arch'], pretrained=False,
+                  **{k: tuple(v) if isinstance(v, list) else v for k,v in settings['args'].items()})
 
 def load_encoder(
     path # File of `save_encoder`
@@ -137,7 +151,8 @@ def load_encoder(
 
 # %% ../nbs/13_checkpoints.ipynb #127ee7c9
 class Loaded(namedtuple('Loaded', 'matched missing unexpected')):
-    "Names of the tensors that fitted, that the encoder has besides, and that the file has besides (another shape: in both)"
+    """Names of the tensors that fitted, that the encoder has besides, and that the file has besides (another shape: in
+    both)"""
     def __repr__(self): return f'Loaded({_say(self)})'
 
 def _some(names, n=4): return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
@@ -152,7 +167,8 @@ def _tensors(path, o):
     "The tensors of a checkpoint, which may lie inside of something larger"
     while isinstance(o, dict) and not any(isinstance(v, torch.Tensor) for v in o.values()):
         o = next((o[k] for k in ('state_dict','model') if k in o), None)
-    if not isinstance(o, dict): raise ValueError(f"{path} must hold tensors by name, alone or as 'model' or 'state_dict'; it does not")
+    if not isinstance(o, dict):
+        raise ValueError(f"{path} must hold tensors by name, alone or as 'model' or 'state_dict'; it does not")
     return {k: v for k,v in o.items() if isinstance(v, torch.Tensor)}
 
 def _read(path):
@@ -160,7 +176,8 @@ def _read(path):
         with _open(path) as f: return {k: f.get_tensor(k) for k in f.keys()}
     if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}")
     try: o = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{path} is neither safetensors nor weights of torch.save ({e})") from e  # of any kind: pickle's are many
+    # of any kind: pickle's are many
+    except Exception as e: raise ValueError(f"{path} is neither safetensors nor weights of torch.save ({e})") from e
     return _tensors(path, o)
 
 def _prefix(own, theirs):

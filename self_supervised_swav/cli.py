@@ -140,8 +140,10 @@ def create_parser(
     command=None # Add the options of this command only: the others need not be read
 )->argparse.ArgumentParser:
     "The parser of `swav`"
-    parser = argparse.ArgumentParser('swav', description=_description, epilog=_epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--version', action=_ShowVersions, nargs=0, default=argparse.SUPPRESS, help='show the versions of this package and of those below it')
+    parser = argparse.ArgumentParser('swav', description=_description, epilog=_epilog,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--version', action=_ShowVersions, nargs=0, default=argparse.SUPPRESS,
+                        help='show the versions of this package and of those below it')
     sub = parser.add_subparsers(dest='command', title='commands', metavar='COMMAND', required=True)
     for name,(cls,_) in commands.items():
         p = sub.add_parser(name, help=cls.__doc__, description=f'{cls.__doc__}.')

@@ -18,7 +18,8 @@ from fastai.torch_core import default_device, set_seed
 from .args import EvaluateArgs, label_part, versions
 from .checkpoints import create_from_settings, encoder_settings, load_encoder
 from .data import labels_of
-from self_supervised_swav.evaluate import (NoValidation, extract_features, few_label_idxs, few_label_learner, few_label_splits, knn_accuracy,
+from self_supervised_swav.evaluate import (NoValidation, extract_features, few_label_idxs, few_label_learner,
+                                           few_label_splits, knn_accuracy,
     linear_probe, normalized)
 from .files import check_writable, write_json
 from .runs import find_encoder, saved_args
@@ -54,26 +55,31 @@ class Pixels(nn.Module):
 
 _tuned = 'trained from scratch','pretrained, fine-tuned'
 _kinds = 'raw pixels','untrained encoder','pretrained encoder'
-_table_rows = (*_tuned, *(f'{measure}, {kind}' for measure in ('linear probe','k-NN') for kind in _kinds))  # rows, in order
+# rows, in order
+_table_rows = (*_tuned, *(f'{measure}, {kind}' for measure in ('linear probe','k-NN') for kind in _kinds))
 
 class Evaluation(dict):
     "Accuracies by method and by labels; prints as a markdown table"
     def __str__(self):
-        def head(label): return f'{label} labels' if label=='all' or label.endswith('%') else f'{label} labels per class'
+        def head(label):
+            return f'{label} labels' if label=='all' or label.endswith('%') else f'{label} labels per class'
         title = f"accuracy on {self['n_valid']:,} held-out images"
         rows = [[title, *map(head, self['labels'])], ['---']*(1+len(self['labels']))]
         for method in _table_rows:
-            if values := self['accuracy'].get(method): rows.append([method, *(percent(values[o]) if o in values else '' for o in self['labels'])])
+            if values := self['accuracy'].get(method):
+                rows.append([method, *(percent(values[o]) if o in values else '' for o in self['labels'])])
         return '\n'.join('| '+' | '.join(r)+' |' for r in rows)
 
     @property
     def notes(self):
         "What the table's figures are, in a few sentences"
         seeds = self['seeds']
-        told = f"{seeds} seeds: mean and 95 % confidence interval over them." if seeds>2 else f"{seeds} seed{'s'*(seeds>1)}: no intervals, they need 3 seeds."
+        told = f"{seeds} seed{'s'*(seeds>1)}: no intervals, they need 3 seeds."
+        if seeds>2: told = f"{seeds} seeds: mean and 95 % confidence interval over them."
         text = f"{told} {self['n_train']:,} labeled training images."
         if self['source']=='digits':
-            text += "\nRaw pixels nearly solve these digits once all labels are known: what the pretraining gains is in the column with few labels."
+            text += ("\nRaw pixels nearly solve these digits once all labels are known: "
+                     "what the pretraining gains is in the column with few labels.")
         return text
 
 # %% ../nbs/38_compare.ipynb #ab686d20
@@ -97,12 +103,14 @@ class _Comparison:
         self.settings = encoder_settings(path)
         self.encoder = load_encoder(path).to(self.device)
         self.source,self.dls = self._find_images()
-        if not len(self.dls.valid_ds): raise ValueError("valid_pct must be more than 0: there are no images to measure with")
+        if not len(self.dls.valid_ds):
+            raise ValueError("valid_pct must be more than 0: there are no images to measure with")
         self.stats = self.settings.get('stats')
         self.normed = normalized(self.dls, self.stats)
         self.y = labels_of(self.dls.train_ds)
         self.parts = {o: label_part(o) for o in args.labels}
-        self.idxs = {(o,s): few_label_idxs(self.y, **part, seed=s) for o,part in self.parts.items() for s in range(args.seeds)}
+        self.idxs = {(o,s): few_label_idxs(self.y, **part, seed=s) for o,part in self.parts.items()
+                     for s in range(args.seeds)}
         self.accuracy = {}
 
     def _find_images(self):
@@ -113,7 +121,8 @@ class _Comparison:
         n_images = run.get('n_images') if args.n_images is None and same else args.n_images
         images = ImageSource(args.source, valid_pct, run.get('seed', 42), n_images, args.skip_bad)
         n_in = self.settings.get('args', {}).get('n_in')
-        return images.source,images.dls(self.settings.get('size'), n_in, args.bs, num_workers=args.num_workers, device=self.device)
+        return images.source,images.dls(self.settings.get('size'), n_in, args.bs, num_workers=args.num_workers,
+                                        device=self.device)
 
     def untrained(self, seed):
         set_seed(seed)
@@ -144,10 +153,12 @@ class _Comparison:
         seeds = range(self.args.seeds)
         res = [('raw pixels',partial(self.measure_features, 'raw pixels', Pixels(), self.dls, seeds))]
         res += [('untrained encoder',partial(self.measure_untrained, s)) for s in seeds]
-        res.append(('pretrained encoder',partial(self.measure_features, 'pretrained encoder', self.encoder, self.normed, seeds)))
+        res.append(('pretrained encoder',
+                    partial(self.measure_features, 'pretrained encoder', self.encoder, self.normed, seeds)))
         if not self.args.epochs: return res
         for method in _tuned:
-            for label in self.parts: res += [(f'{method}, {label} labels',partial(self.measure_training, method, label, s)) for s in seeds]
+            for label in self.parts:
+                res += [(f'{method}, {label} labels',partial(self.measure_training, method, label, s)) for s in seeds]
         return res
 
 def evaluate_run(
@@ -156,15 +167,19 @@ def evaluate_run(
     **kwargs # Other arguments of `EvaluateArgs`, if `args` is the run
 )->Evaluation: # Also in evaluation.json beside the encoder
     "Compare the encoder of a run with pixels, with an untrained encoder and with training from scratch"
-    if not isinstance(args, EvaluateArgs): args = EvaluateArgs(args, source if source is None else str(source), **kwargs)
+    if not isinstance(args, EvaluateArgs):
+        args = EvaluateArgs(args, source if source is None else str(source), **kwargs)
     start,todo = time.time(),_Comparison(args)
     jobs = todo.jobs()
     bar = progress_bar(jobs, leave=False) if sys.stdout.isatty() else None
     for name,job in bar or jobs:
         if bar: bar.comment = name
         job()
-    res = Evaluation(source=todo.source, n_train=len(todo.y), n_valid=len(todo.dls.valid_ds), labels=[*args.labels,'all'], seeds=args.seeds,
-                     epochs=args.epochs, k=args.k, accuracy={o: todo.accuracy[o] for o in _table_rows if o in todo.accuracy})
-    res['summary'] = {m: {o: dict(zip(('mean','ci95'), mean_ci(v))) for o,v in accs.items()} for m,accs in res['accuracy'].items()}
+    res = Evaluation(source=todo.source, n_train=len(todo.y), n_valid=len(todo.dls.valid_ds),
+                     labels=[*args.labels,'all'], seeds=args.seeds,
+                     epochs=args.epochs, k=args.k,
+                     accuracy={o: todo.accuracy[o] for o in _table_rows if o in todo.accuracy})
+    res['summary'] = {m: {o: dict(zip(('mean','ci95'), mean_ci(v))) for o,v in accs.items()}
+                      for m,accs in res['accuracy'].items()}
     write_json(res | dict(secs=round(time.time()-start), versions=versions()), todo.folder/'evaluation.json')
     return res

@@ -29,7 +29,8 @@ from fastai.vision.core import PILImage, PILImageBW
 # %% ../nbs/30_data.ipynb #f3104dcc
 def no_targets(pred, *targ):
     "The loss of images without targets: holds the place until a callback such as `SWAV` brings its own"
-    raise TypeError("images without targets have no loss of their own: train with a callback that brings one, such as SWAV")
+    raise TypeError("images without targets have no loss of their own: train with a callback that brings one, such as "
+                    "SWAV")
 
 # %% ../nbs/30_data.ipynb #0681430a
 class OpenImage(Transform):
@@ -37,7 +38,7 @@ class OpenImage(Transform):
     loss_func = staticmethod(no_targets)
     def __init__(self,
         cls=PILImage, # Type of image: `PILImage` for colour, `PILImageBW` for gray
-        min_size=None, # (width,height) that is enough: a larger JPEG is decoded at 1/2, 1/4 or 1/8, no smaller than this
+        min_size=None, # (width,height) that is enough: larger JPEGs are decoded at 1/2, 1/4 or 1/8, no smaller
     ): store_attr()
 
     def encodes(self, o:str|Path):
@@ -83,11 +84,13 @@ def find_images(
     skip_bad=False # Leave out files that are not readable images, instead of raising an error?
 )->list: # Sorted, as file systems list files in any order
     "The image files of a folder or a list, without the bad ones or with an error that names them"
-    if check not in ('decode','header',None): raise ValueError(f"check must be 'decode', 'header' or None, got {check!r}")
+    if check not in ('decode','header',None):
+        raise ValueError(f"check must be 'decode', 'header' or None, got {check!r}")
     if skip_bad and check is None: raise ValueError("skip_bad=True needs check='decode' or 'header', got None")
     if isinstance(path_or_files, (str,Path)):
         path = Path(path_or_files)
-        if not path.is_dir(): raise ValueError(f"path_or_files must be a folder or a list of image files, {path} is no folder")
+        if not path.is_dir():
+            raise ValueError(f"path_or_files must be a folder or a list of image files, {path} is no folder")
         files = sorted(get_image_files(path))
         if not files: raise ValueError(f"no image files found in {path} or in its folders")
     else:
@@ -96,7 +99,9 @@ def find_images(
     bad = check_images(files, decode=check=='decode') if check else {}
     if bad:
         msg = f"{len(bad)} of {len(files)} files are not readable images"
-        if not skip_bad: raise ValueError(f"{msg}: {_some([f'{k} ({v})' for k,v in bad.items()])}. Pass skip_bad=True to leave them out")
+        if not skip_bad:
+            raise ValueError(f"{msg}: {_some([f'{k} ({v})' for k,v in bad.items()])}. Pass skip_bad=True to leave them "
+                             "out")
         warnings.warn(f"skipped: {msg}: {_some(list(bad))}", stacklevel=3)
     return [o for o in files if o not in bad]
 
@@ -118,7 +123,8 @@ def fit_bs(
     "The batch size, no larger than the training set: a training epoch drops its last, shorter batch"
     if not bs > 0: raise ValueError(f"bs must be positive, got {bs}")
     if n_train < 2: raise ValueError(f"training needs 2 images or more, got {n_train}")
-    if bs > n_train: warnings.warn(f"bs={bs} is more than the {n_train} training images: using bs={n_train}", stacklevel=3)
+    if bs > n_train:
+        warnings.warn(f"bs={bs} is more than the {n_train} training images: using bs={n_train}", stacklevel=3)
     return min(bs, n_train)
 
 # %% ../nbs/30_data.ipynb #9ac60b9d
@@ -148,17 +154,22 @@ def swav_dls(
 
 # %% ../nbs/30_data.ipynb #d698e15f
 class TensorImages:
-    "Images (n,channels,height,width) and their classes, if they have any, as tensors; an index of one gives an item, of many a batch"
+    """Images (n,channels,height,width) and their classes, if they have any, as tensors; an index of one gives an item,
+    of many a batch"""
     n_inp = 1
     def __init__(self,
         x, # Images: uint8, or floats from 0 to 1
         y=None, # (n,) Classes, integers from 0
         vocab=None, # Names of the classes
     ):
-        if x.ndim != 4: raise ValueError(f"x must have 4 dimensions (images, channels, height, width), got shape {tuple(x.shape)}")
-        if x.dtype != torch.uint8 and not x.is_floating_point(): raise TypeError(f"x must be uint8 or floating point, got {x.dtype}")
-        if y is not None and y.shape != x.shape[:1]: raise ValueError(f"y must hold one class for each of {len(x)} images, got shape {tuple(y.shape)}")
-        if y is not None and not isinstance(vocab, CategoryMap): vocab = CategoryMap(range(int(y.max())+1) if vocab is None else vocab, sort=False)
+        if x.ndim != 4:
+            raise ValueError(f"x must have 4 dimensions (images, channels, height, width), got shape {tuple(x.shape)}")
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise TypeError(f"x must be uint8 or floating point, got {x.dtype}")
+        if y is not None and y.shape != x.shape[:1]:
+            raise ValueError(f"y must hold one class for each of {len(x)} images, got shape {tuple(y.shape)}")
+        if y is not None and not isinstance(vocab, CategoryMap):
+            vocab = CategoryMap(range(int(y.max())+1) if vocab is None else vocab, sort=False)
         store_attr()
         self.loss_func = no_targets if y is None else CrossEntropyLossFlat()
         if y is not None: self.c = len(vocab)
@@ -284,8 +295,10 @@ def _fashion_path(path, download):
         from torchvision.datasets import FashionMNIST
         FashionMNIST(root, download=True)
     if found := find(): return found
-    raise FileNotFoundError(f"Fashion-MNIST ({', '.join(_fashion_files)}) is not in {' or '.join(map(str, paths))}: install it "
-                            "(`apt install dataset-fashion-mnist` on Debian and Ubuntu), pass download=True, or path= of a folder that has the files")
+    raise FileNotFoundError(f"Fashion-MNIST ({', '.join(_fashion_files)}) is not in {' or '.join(map(str, paths))}: "
+                            "install it "
+                            "(`apt install dataset-fashion-mnist` on Debian and Ubuntu), pass download=True, or path= "
+                            "of a folder that has the files")
 
 # %% ../nbs/30_data.ipynb #0191edf6
 def fashion_mnist_dls(

@@ -69,16 +69,19 @@ class DDPTrainer(DistributedTrainer):
     def _warn_unsynced(self, model):
         self.unsynced = False
         if not rank_distrib() and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            warnings.warn("batch norm is not synchronised between CPU processes: each normalises by its own images (sync_bn=False says that you know)")
+            warnings.warn("batch norm is not synchronised between CPU processes: each normalises by its own images "
+                          "(sync_bn=False says that you know)")
 
 # %% ../nbs/28_distributed.ipynb #c3887dbe
 def _end_gloo():
-    if dist.is_initialized() and 'cpu' in dist.get_backend_config() and getattr(sys, 'last_value', None) is None: dist.destroy_process_group()
+    if dist.is_initialized() and 'cpu' in dist.get_backend_config() and getattr(sys, 'last_value', None) is None:
+        dist.destroy_process_group()
 
 # %% ../nbs/28_distributed.ipynb #660425f3
 def _seed_ranks():
     "Different random numbers on every rank, the same in every run that was seeded alike"
-    for seed,state in ((torch.manual_seed, torch.randint(1<<31, ()).item()), (random.seed, random.getrandbits(31)), (np.random.seed, np.random.randint(1<<31))):
+    for seed,state in ((torch.manual_seed, torch.randint(1<<31, ()).item()), (random.seed, random.getrandbits(31)),
+                       (np.random.seed, np.random.randint(1<<31))):
         seed((state+rank_distrib())%(1<<32))
 
 @patch

@@ -41,7 +41,8 @@ def embed_images(
     "Write the features of all images in a folder"
     if not isinstance(args, EmbedArgs): args = EmbedArgs(args, folder, str(out), **kwargs)
     out,root,path = Path(args.out),Path(args.folder),find_encoder(args.run)
-    if out.suffix=='.parquet' and not find_spec('pyarrow'): raise ImportError("parquet needs pyarrow: pip install pyarrow, or write .npy")
+    if out.suffix=='.parquet' and not find_spec('pyarrow'):
+        raise ImportError("parquet needs pyarrow: pip install pyarrow, or write .npy")
     check_writable(out.parent)
     if not root.is_dir(): raise ValueError(f"folder must be a folder of images, {root} is none")
     files = find_images(root, 'decode', args.skip_bad)

@@ -97,7 +97,8 @@ def create_timm_encoder(
         patches = getattr(model, 'patch_embed', None)
         if not isinstance(patches, PatchEmbed) or patches.strict_img_size: _small_stem(model, arch)
         else: model = _timm_model(arch, pretrained, **{**_small_patches(patches), **args})
-    return _remember(model, 'timm', arch, n_in=n_in, pool_type=_pool_name(pool_type), small_images=small_images, **kwargs)
+    return _remember(model, 'timm', arch, n_in=n_in, pool_type=_pool_name(pool_type), small_images=small_images,
+                     **kwargs)
 
 @contextmanager
 def _naming(arch, kwargs):
@@ -109,7 +110,8 @@ def _naming(arch, kwargs):
         raise TypeError(f"arch={arch!r} takes no argument {name!r}") from e
 
 def _timm_model(arch, pretrained, **kwargs):
-    # how to allow images of any size: Swin needs the second argument before timm 1.0.31, and convolutional networks need neither
+    # how to allow images of any size: Swin needs the second argument before timm 1.0.31, and convolutional networks
+    # need neither
     any_size = (dict(dynamic_img_size=True, strict_img_size=False), dict(dynamic_img_size=True), {})
     try:
         with _naming(arch, kwargs):
@@ -118,7 +120,8 @@ def _timm_model(arch, pretrained, **kwargs):
                 except TypeError as e: # raised before anything is built or downloaded
                     if not any(o in str(e) for o in args): raise
     except AssertionError as e:
-        if kwargs['global_pool'] is None or str(e) and 'pool' not in str(e).lower(): raise # older versions of timm assert without a message
+        # older versions of timm assert without a message
+        if kwargs['global_pool'] is None or str(e) and 'pool' not in str(e).lower(): raise
         raise ValueError(f"pool_type={kwargs['global_pool']!r} does not exist for {arch!r} ({e}); "
                          "None is the architecture's own pooling") from e
     except (OSError, RuntimeError) as e:

@@ -39,10 +39,12 @@ def _in_order(dl): return dl.new(shuffle=False, drop_last=False) if isinstance(d
 
 class _Rows:
     "Rows that arrive in batches, in memory or, where they are many, in a file"
-    def __init__(self, n, max_bytes, path): self.n,self.max_bytes,self.path,self.out,self.done,self.parts = n,max_bytes,path,None,0,[]
+    def __init__(self, n, max_bytes, path):
+        self.n,self.max_bytes,self.path,self.out,self.done,self.parts = n,max_bytes,path,None,0,[]
 
     def add(self, x):
-        if self.out is None and self.n is not None and (self.path is not None or 4*self.n*x.shape[1]>self.max_bytes): self._open(x.shape[1])
+        if self.out is None and self.n is not None and (self.path is not None or 4*self.n*x.shape[1]>self.max_bytes):
+            self._open(x.shape[1])
         if self.out is None: self.parts.append(x)
         else: self.out[self.done:self.done+len(x)] = x
         self.done += len(x)
@@ -52,7 +54,8 @@ class _Rows:
         if self.temporary:
             f,self.path = tempfile.mkstemp(suffix='.features')
             os.close(f)
-        self.out = torch.from_file(str(self.path), shared=True, size=self.n*width, dtype=torch.float32).view(self.n, width)
+        self.out = torch.from_file(str(self.path), shared=True, size=self.n*width,
+                                   dtype=torch.float32).view(self.n, width)
         if self.temporary and os.name=='posix': os.unlink(self.path)  # the map keeps it
 
     def discard(self):
@@ -63,7 +66,7 @@ class _Rows:
 # %% ../nbs/32_evaluate.ipynb #996a1b2d
 def extract_features(
     learn_or_encoder, # A Learner, whose model's encoder is used, or an encoder: images (B,C,H,W) to features (B,d)
-    dl, # DataLoader of images, with or without targets; a fastai one is taken in the order of its data set, to the last image
+    dl, # DataLoader of images, with or without targets; a fastai one is read in the order of its data set, to the end
     max_bytes:int=2<<30, # Features that take more than this are kept in a file
     path=None, # That file (default: a temporary one); with a path they are always kept in it
     progress:bool=True # Show a progress bar?
@@ -72,7 +75,10 @@ def extract_features(
     encoder,views = encoder_of(learn_or_encoder)
     if _normalizes(dl): views = None
     device = next((p.device for p in encoder.parameters()), torch.device('cpu'))
-    n = getattr(dl, 'n', None) if isinstance(dl, DataLoader) else len(dl.dataset) if hasattr(getattr(dl, 'dataset', None), '__len__') else None
+    n = getattr(dl, 'n',
+                None) if isinstance(dl,
+                                    DataLoader) else len(dl.dataset) if hasattr(getattr(dl, 'dataset', None),
+                                        '__len__') else None
     rows,targets = _Rows(n, max_bytes, path),[]
     dl_ = _in_order(dl)
     try:
@@ -83,7 +89,9 @@ def extract_features(
                 f = encoder((x if views is None else views.normalize(x)).as_subclass(torch.Tensor))
                 if f.ndim!=2: raise ValueError(f"encoder must map images to features (B,d), got shape {tuple(f.shape)}")
                 f = f.float().cpu()
-                if not f.isfinite().all(): raise FloatingPointError(f"features not finite in batch {i} of {len(dl_)}: the encoder's weights or the images are not")
+                if not f.isfinite().all():
+                    raise FloatingPointError(f"features not finite in batch {i} of {len(dl_)}: the encoder's weights "
+                                             "or the images are not")
                 rows.add(f)
                 if y: targets.append(y[0].detach().as_subclass(torch.Tensor).cpu())
     except BaseException:
@@ -96,18 +104,24 @@ def extract_features(
 def _check_labelled(name, data, n_classes=None):
     "Features and labels of `name`, or an error that says what is missing"
     try: x,y = data
-    except (TypeError, ValueError): raise TypeError(f"{name} must be (features, targets), as extract_features gives, got {type(data).__name__}") from None
+    except (TypeError, ValueError):
+        kind = type(data).__name__
+        raise TypeError(f"{name} must be (features, targets), as extract_features gives, got {kind}") from None
     if y is None: raise ValueError(f"{name} must have labels, got features alone: its DataLoader has no targets")
     y = torch.as_tensor(y)
-    if x.ndim!=2 or y.shape!=x.shape[:1]: raise ValueError(f"{name} must be features (n,d) and one label for each, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.ndim!=2 or y.shape!=x.shape[:1]:
+        raise ValueError(f"{name} must be features (n,d) and one label for each, got shapes {tuple(x.shape)} and "
+                         f"{tuple(y.shape)}")
     if y.is_floating_point(): raise TypeError(f"labels of {name} must be integers, got {y.dtype}")
     if not len(y): raise ValueError(f"{name} must hold at least one image, got none")
-    if not all(o.isfinite().all() for o in x.split(1<<14)): raise ValueError(f"features of {name} must be finite, got nan or inf")
+    if not all(o.isfinite().all() for o in x.split(1<<14)):
+        raise ValueError(f"features of {name} must be finite, got nan or inf")
     return x,y.long()
 
 def _check_split(train, valid):
     (x,y),(xv,yv) = _check_labelled('train', train),_check_labelled('valid', valid)
-    if x.shape[1]!=xv.shape[1]: raise ValueError(f"train and valid must have features of the same width, got {x.shape[1]} and {xv.shape[1]}")
+    if x.shape[1]!=xv.shape[1]:
+        raise ValueError(f"train and valid must have features of the same width, got {x.shape[1]} and {xv.shape[1]}")
     if (y==y[0]).all(): raise ValueError(f"train must have images of at least two classes, got class {int(y[0])} alone")
     return x,y,xv,yv,int(max(y.max(), yv.max()))+1
 
@@ -120,7 +134,8 @@ def knn_accuracy(
 )->float: # Share of `valid` that is predicted rightly
     "Accuracy of the weighted vote of the nearest neighbours"
     x,y,xv,yv,n_classes = _check_split(train, valid)
-    right = [(weighted_knn(f, x, y, k=k, temp=temp, n_classes=n_classes, chunk=chunk).argmax(1)==t).sum() for f,t in zip(xv.split(1<<16), yv.split(1<<16))]
+    right = [(weighted_knn(f, x, y, k=k, temp=temp, n_classes=n_classes, chunk=chunk).argmax(1)==t).sum()
+             for f,t in zip(xv.split(1<<16), yv.split(1<<16))]
     return (sum(right)/len(yv)).item()
 
 # %% ../nbs/32_evaluate.ipynb #86a6dc04
@@ -146,7 +161,8 @@ def _fit_sklearn(x, y, mean, std, C, **_):
 def _fit_sgd(x, y, mean, std, C, epochs, bs, lr, seed):
     head,gen = nn.Linear(x.shape[1], int(y.max())+1),torch.Generator().manual_seed(seed)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    opt = torch.optim.Adam([dict(params=[head.weight], weight_decay=1/(C*len(x))), dict(params=[head.bias])], lr=lr or 2/math.sqrt(x.shape[1]))
+    opt = torch.optim.Adam([dict(params=[head.weight], weight_decay=1/(C*len(x))), dict(params=[head.bias])],
+                           lr=lr or 2/math.sqrt(x.shape[1]))
     n_batches = math.ceil(len(x)/bs)
     sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs*n_batches)
     for _ in range(epochs):
@@ -169,13 +185,15 @@ def linear_probe(
 )->LinearProbe: # top1, top5 (shares of `valid`), weight, bias
     "Top-1 and top-5 accuracy of a linear classifier on frozen features"
     if not C>0: raise ValueError(f"C must be positive, got {C}")
-    if solver not in ('auto','sklearn','sgd'): raise ValueError(f"solver must be 'auto', 'sklearn' or 'sgd', got {solver!r}")
+    if solver not in ('auto','sklearn','sgd'):
+        raise ValueError(f"solver must be 'auto', 'sklearn' or 'sgd', got {solver!r}")
     x,y,xv,yv,n_classes = _check_split(train, valid)
     (mean,std),(classes,y) = _moments(x),y.unique(return_inverse=True)
     fit = _fit_sgd if solver=='sgd' or solver=='auto' and x.numel()>_n_sklearn else _fit_sklearn
     w,b = fit(x, y, mean, std, C, epochs=epochs, bs=bs, lr=lr, seed=seed)
     w = w/std
-    weight,bias = x.new_zeros(n_classes, x.shape[1]),x.new_full((n_classes,), -torch.inf)  # a class without an image is never predicted
+    # a class without an image is never predicted
+    weight,bias = x.new_zeros(n_classes, x.shape[1]),x.new_full((n_classes,), -torch.inf)
     weight[classes],bias[classes] = w,b-w@mean
     top = torch.cat([F.linear(o, weight, bias).topk(min(5, n_classes), 1).indices for o in xv.split(1<<14)])==yv[:,None]
     return LinearProbe(top[:,0].float().mean().item(), top.any(1).float().mean().item(), weight, bias)
@@ -188,14 +206,19 @@ def few_label_idxs(
     seed:int=42 # Which ones
 )->torch.Tensor: # Sorted indices into `y`
     "A few of each class, drawn without touching the global random state"
-    if (n_per_class is None)==(fraction is None): raise ValueError(f"one of n_per_class and fraction must be given, got {n_per_class} and {fraction}")
+    if (n_per_class is None)==(fraction is None):
+        raise ValueError(f"one of n_per_class and fraction must be given, got {n_per_class} and {fraction}")
     if fraction is not None and not 0<fraction<=1: raise ValueError(f"fraction must be in (0,1], got {fraction}")
-    if n_per_class is not None and not (isinstance(n_per_class, int) and n_per_class>0): raise ValueError(f"n_per_class must be a positive whole number, got {n_per_class}")
+    if n_per_class is not None and not (isinstance(n_per_class, int) and n_per_class>0):
+        raise ValueError(f"n_per_class must be a positive whole number, got {n_per_class}")
     gen,classes,idxs = torch.Generator().manual_seed(seed),y.unique(),[]
-    if len(classes)<2: raise ValueError(f"dls must have training images of at least two classes, got class {classes.tolist()} alone")
+    if len(classes)<2:
+        raise ValueError(f"dls must have training images of at least two classes, got class {classes.tolist()} alone")
     for c in classes:
         own = (y==c).nonzero()[:,0]
-        if n_per_class is not None and n_per_class>len(own): raise ValueError(f"n_per_class must be at most {len(own)}, the training images of class {int(c)}, got {n_per_class}")
+        if n_per_class is not None and n_per_class>len(own):
+            raise ValueError(f"n_per_class must be at most {len(own)}, the training images of class {int(c)}, got "
+                             f"{n_per_class}")
         n = max(1, round(fraction*len(own))) if n_per_class is None else n_per_class
         idxs.append(own[torch.randperm(len(own), generator=gen)[:n]])
     return torch.cat(idxs).sort().values
@@ -272,7 +295,7 @@ def few_label_learner(
 class KNNMetric(EpochColumns):
     "Accuracy of `knn_accuracy` on labelled images after each epoch of a pretraining"
     def __init__(self,
-        dls:DataLoaders|None=None, # Labelled images: the training set votes, the validation set is predicted; None: the Learner's own
+        dls:DataLoaders|None=None, # Labelled images: training set votes, validation set is predicted; None: its own
         k:int=20, # Number of neighbours that vote
         temp:float=0.07 # Temperature: a vote weighs exp(similarity/temp)
     ):
@@ -298,6 +321,8 @@ class KNNMetric(EpochColumns):
         if len(self._dls.loaders)<2: raise ValueError("dls must hold a training and a validation set")
         for name,dl in (('train',self._dls.train),('valid',self._dls.valid)):
             if not len(dl.dataset): raise ValueError(f"dls.{name} must hold labelled images, got none")
-            if len(dl.dataset[0])<2: raise ValueError(f"dls.{name} must have labels, got images alone: pass labelled DataLoaders to KNNMetric")
+            if len(dl.dataset[0])<2:
+                raise ValueError(f"dls.{name} must have labels, got images alone: pass labelled DataLoaders to "
+                                 "KNNMetric")
         n = len(self._dls.train.dataset)
         if not 1<=self.k<=n: raise ValueError(f"k must be between 1 and the {n} labelled training images, got {self.k}")

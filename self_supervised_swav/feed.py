@@ -52,7 +52,7 @@ class ResumableFeed:
     "One pass over `dls.train`, whole or from the `position` of an earlier one"
     def __init__(self,
         dls, # DataLoaders
-        position:dict=None, # Where to go on: a result of `position`; None for a whole pass
+        position:dict|None=None, # Where to go on: a result of `position`; None for a whole pass
         track_workers:bool=False # Follow the random states of workers, for `position` in the middle of this pass
     ):
         position = position or {}

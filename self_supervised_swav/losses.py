@@ -40,7 +40,8 @@ class _FirstOnly(torch.autograd.Function):
     def backward(ctx, *_):
         raise RuntimeError("swapped_loss has no second derivative: its gradient is computed without a graph")
 
-_ln2 = math.log(2)    # exponentials are powers of two, e^x = 2^(x/ln 2), which is the faster function on many processors
+# exponentials are powers of two, e^x = 2^(x/ln 2), which is the faster function on many processors
+_ln2 = math.log(2)
 _max_exponent = 40.  # its exponential, and a sum of millions of them, is far from float32's limits in both directions
 
 def _write_grad_and_get_loss(scores, codes, assign_ids, temp, bound, grad=None):

@@ -74,6 +74,7 @@ def machine_info(
 )->dict: # Short texts by name
     "Processor, instruction sets, threads, GPU, system, Python and versions of packages"
     gpu = {'GPU': torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {'processor': processor_summary(), 'torch uses': f'{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)', **gpu,
+    return {'processor': processor_summary(),
+            'torch uses': f'{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)', **gpu,
             'system': f'{platform.system()} {platform.machine()}', 'Python': platform.python_version(),
             **(package_versions() if packages is None else package_versions(packages))}

@@ -174,7 +174,8 @@ def _probe(encoder):
     encoder = getattr(encoder, '_orig_mod', encoder)  # a compiled encoder need not be compiled for this size
     conv = next((m for m in encoder.modules() if isinstance(m, nn.Conv2d)), None)
     like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
-    with in_eval(encoder): n_in,features = _try_sizes(encoder, [conv.in_channels] if conv else [3,1], _sizes(encoder), like)
+    with in_eval(encoder):
+        n_in,features = _try_sizes(encoder, [conv.in_channels] if conv else [3,1], _sizes(encoder), like)
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != 2:
         got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise ValueError(f"encoder must map 2 images to features of shape (2,n), got {got}: pool and flatten them")

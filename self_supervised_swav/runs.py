@@ -55,7 +55,8 @@ class EpochHistory(CSVLogger):
 
     def _write_line(self, log):
         self.lines[log[0]] = ','.join(map(str, log))
-        with atomic_path(self.to) as p: p.write_text('\n'.join([','.join(self.recorder.metric_names), *self.lines.values()])+'\n')
+        with atomic_path(self.to) as p:
+            p.write_text('\n'.join([','.join(self.recorder.metric_names), *self.lines.values()])+'\n')
         self.old_logger(log)
 
     def after_fit(self):
@@ -111,11 +112,14 @@ def check_out(
     resume # Continue the run in it?
 ):
     "Nothing of an earlier run is overwritten, and there is one to continue"
-    if resume and not out.is_dir(): raise FileNotFoundError(f"no checkpoint in {out} to resume from: there is no such folder")
+    if resume and not out.is_dir():
+        raise FileNotFoundError(f"no checkpoint in {out} to resume from: there is no such folder")
     check_writable(out)
-    if resume and not has_state(out/'last.pth'): raise FileNotFoundError(f"no checkpoint in {out} to resume from: start without --resume")
+    if resume and not has_state(out/'last.pth'):
+        raise FileNotFoundError(f"no checkpoint in {out} to resume from: start without --resume")
     if not resume and (has_state(out/'last.pth') or (out/'encoder.safetensors').exists()):
-        raise FileExistsError(f"{out} holds a run already: continue it (--resume), choose another folder (--out), or delete it")
+        raise FileExistsError(f"{out} holds a run already: continue it (--resume), choose another folder (--out), or "
+                              "delete it")
 
 def saved_args(
     out # Folder of a run
@@ -135,7 +139,8 @@ def resumed_args(
     for name,old in saved.items():
         given = getattr(args, name)
         if given!=old and (name=='source' or given!=getattr(defaults, name)):
-            raise ValueError(f"{name} is {old} in {out}, got {given}: a run continues with the settings that it was started with")
+            raise ValueError(f"{name} is {old} in {out}, got {given}: a run continues with the settings that it was "
+                             "started with")
     return replace(args, **saved)
 
 def _random_parts(dls, sizes=(5000,1000)):
@@ -158,7 +163,8 @@ class PretrainRun:
         check_out(self.out, args.resume)
         self.args = resumed_args(args, self.out) if args.resume else args
         set_seed(self.args.seed)  # before the DataLoaders, which draw the seed of their order
-        self.images = ImageSource(self.args.source, self.args.valid_pct, self.args.seed, self.args.n_images, self.args.skip_bad)
+        self.images = ImageSource(self.args.source, self.args.valid_pct, self.args.seed, self.args.n_images,
+                                  self.args.skip_bad)
         self.size = self.args.size or self.images.size
         self.learn = self._make_learner()
         self.epochs = self.learn.recipe['fit']['n_epoch'] if self.args.epochs is None else self.args.epochs
@@ -180,7 +186,8 @@ class PretrainRun:
         cbs = self._make_callbacks(dls)
         try: learn = pretrain_learner(dls, a.arch or 'resnet18', a.method, encoder, cbs=cbs, **flips | given)
         except TypeError as e:
-            if 'has no setting' in str(e) or 'takes no argument' in str(e): raise ValueError(f"{e}".replace(f'{a.method}_learner', '--set')) from e
+            if 'has no setting' in str(e) or 'takes no argument' in str(e):
+                raise ValueError(f"{e}".replace(f'{a.method}_learner', '--set')) from e
             raise
         learn.recipe.reasons |= dict.fromkeys(chosen, f'chosen for {a.source}')
         return learn
@@ -196,7 +203,8 @@ class PretrainRun:
     def __str__(self):
         learn,dls = self.learn,self.learn.dls
         n = sum(p.numel() for p in learn.model.encoder.parameters())
-        return (f"{len(dls.train_ds):,} training images of {self.size} px, {len(dls.valid_ds):,} held out; an encoder of {n:,} parameters; "
+        return (f"{len(dls.train_ds):,} training images of {self.size} px, {len(dls.valid_ds):,} held out; an encoder "
+                f"of {n:,} parameters; "
                 f"{self.epochs} epochs of {len(dls.train)} batches on {dls.device or 'cpu'}\n\n{learn.recipe}")
 
     def fit(self):
@@ -207,7 +215,8 @@ class PretrainRun:
         tty = sys.stdout.isatty()
         if not tty: learn.logger = EpochLines(learn)
         try:
-            with stop_on_signals(learn) as came, nullcontext() if tty else learn.no_bar(): learn.fit_one_cycle(self.epochs)
+            with stop_on_signals(learn) as came, nullcontext() if tty else learn.no_bar():
+                learn.fit_one_cycle(self.epochs)
         except BaseException as e:
             if isinstance(e, TrainingStopped): learn.save_encoder.save()
             elif not (self.args.resume or (self.out/'last.pth').exists()): self._undo(made)
@@ -222,14 +231,16 @@ class PretrainRun:
         "For the end of the report: what for, and the command"
         out,encoder = shlex.quote(str(self.out)),str(self.out/'encoder.safetensors')
         return [
-            ('Measure what the features know about labels, on images in one folder per class:', f'swav evaluate {out} LABELED_FOLDER'),
+            ('Measure what the features know about labels, on images in one folder per class:',
+             f'swav evaluate {out} LABELED_FOLDER'),
             ('Features of all images in a folder, a row for each:', f'swav embed {out} FOLDER -o features.npy'),
             ('The encoder in Python, for fine-tuning and everything else:',
              f'from self_supervised_swav.all import *\nencoder = load_encoder({encoder!r})')]
 
     def _write_settings(self):
         args = {k: v for k,v in asdict(self.args).items() if k not in _not_saved}
-        write_json(dict(args=args, recipe=dict(self.learn.recipe), versions=versions(), started=time.strftime('%F %T')), self.out/'settings.json')
+        write_json(dict(args=args, recipe=dict(self.learn.recipe), versions=versions(), started=time.strftime('%F %T')),
+                   self.out/'settings.json')
 
     def _undo(self, made):
         "A run without a checkpoint leaves nothing behind"
@@ -247,5 +258,6 @@ def find_encoder(
     "The encoder's file"
     path = Path(run)
     if path.is_dir(): path = path/'encoder.safetensors'
-    if not path.is_file(): raise FileNotFoundError(f"no encoder at {path}: a run of swav pretrain has one after its first epoch")
+    if not path.is_file():
+        raise FileNotFoundError(f"no encoder at {path}: a run of swav pretrain has one after its first epoch")
     return path

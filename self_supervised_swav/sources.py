@@ -16,7 +16,8 @@ from fastai.data.transforms import parent_label
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock
-from .data import UnlabeledImageBlock, digits_dls, fashion_mnist_dls, find_images, fit_bs, random_split
+from .data import (UnlabeledImageBlock, digits_dls, fashion_mnist_dls, find_images, fit_bs,
+                                       random_split)
 
 # %% ../nbs/36_sources.ipynb #28bac799
 _parts = ('train','training'),('valid','validation','val','test')
@@ -55,10 +56,12 @@ class ImageSource:
         if n_images is not None and n_images<2: raise ValueError(f"n_images must be at least 2, got {n_images}")
         if source in self.own:
             self.size,self.n_in = self.own[source]
-            if source=='digits' and n_images: raise ValueError(f"n_images is for folders and fashion-mnist; there are few digits, got {n_images}")
+            if source=='digits' and n_images:
+                raise ValueError(f"n_images is for folders and fashion-mnist; there are few digits, got {n_images}")
             return
         root = Path(source)
-        if not root.is_dir(): raise ValueError(f"source must be a folder of images, or one of {', '.join(self.own)}; {source} is none")
+        if not root.is_dir():
+            raise ValueError(f"source must be a folder of images, or one of {', '.join(self.own)}; {source} is none")
         self.files = find_images(root, 'decode', skip_bad)
         if not self.files: raise ValueError(f"no readable image in {root}")
         self.size,self.n_in = size_and_channels(self.files)
@@ -69,7 +72,9 @@ class ImageSource:
         if not flat and len(names)<=len(self.files)/2: self.vocab = sorted(names)
 
     @property
-    def has_labels(self): return self.files is None or self.vocab is not None and len({self.files[i].parent.name for i in self.splits[0]})>1
+    def has_labels(self):
+        return self.files is None or self.vocab is not None and len({self.files[i].parent.name
+                                                                     for i in self.splits[0]})>1
 
     def dls(self,
         size=None, # Size of the images (default: their own)
@@ -86,8 +91,10 @@ class ImageSource:
         if labelled: self.check_labels()
         cls = PILImage if n_in==3 else PILImageBW
         blocks = (ImageBlock(cls),CategoryBlock(self.vocab)) if labelled else UnlabeledImageBlock(cls, (size,size))
-        dblock = DataBlock(blocks, get_y=parent_label if labelled else None, splitter=lambda o: self.splits, item_tfms=Resize(size))
-        return dblock.dataloaders(self.files, bs=fit_bs(bs, len(self.splits[0])), num_workers=num_workers, device=device)
+        dblock = DataBlock(blocks, get_y=parent_label if labelled else None, splitter=lambda o: self.splits,
+                           item_tfms=Resize(size))
+        return dblock.dataloaders(self.files, bs=fit_bs(bs, len(self.splits[0])), num_workers=num_workers,
+                                  device=device)
 
     def _own_dls(self, size, n_in, kwargs):
         if n_in!=1: raise ValueError(f"n_in must be 1 for {self.source}, got {n_in}")
@@ -97,5 +104,7 @@ class ImageSource:
 
     def check_labels(self):
         if self.files is None: return
-        if self.vocab is None: raise ValueError(f"{self.source} has no labels: each image must lie in a folder with the name of its class")
-        if len(self.vocab)<2: raise ValueError(f"{self.source} must have images of at least two classes, got {self.vocab[0]!r} alone")
+        if self.vocab is None:
+            raise ValueError(f"{self.source} has no labels: each image must lie in a folder with the name of its class")
+        if len(self.vocab)<2:
+            raise ValueError(f"{self.source} must have images of at least two classes, got {self.vocab[0]!r} alone")

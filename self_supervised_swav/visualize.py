@@ -77,7 +77,7 @@ def draw_training(
     smoothed:bool=False, # Are they smoothed, as the Recorder's?
     valid=None, # (steps, validation losses) at the ends of epochs
     chance:tuple|None=None, # Loss of predicting nothing, and how to write it: `(4.85, 'ln 128')`
-    signs:dict|None=None, # What `CollapseMonitor` recorded: by the label of an axis, values of every step by their names
+    signs:dict|None=None, # What `CollapseMonitor` recorded: by the label of an axis, values of each step by name
     lrs=None, # Learning rate of every step
     marks:dict|None=None, # Steps to mark, by what begins there
     figsize:tuple|None=None, # Width and height in inches

@@ -2,7 +2,8 @@
 import copy, math, pickle
 
 import kornia.augmentation as K
-import numpy as np, pytest, torch, torchvision.transforms as T, torchvision.transforms.functional as TF, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
+import torchvision.transforms as T, torchvision.transforms.functional as TF
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, set_seed
 from fastai.vision.augment import Normalize
 from fastai.vision.core import imagenet_stats
@@ -12,7 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from helpers import needs_pretended_gpu
-from self_supervised_swav.augment import (BatchAugment, ExactAugment, MultiCrop, get_batch_augs, get_multi_aug_pipelines,
+from self_supervised_swav.augment import (BatchAugment, ExactAugment, MultiCrop, get_batch_augs,
+                                          get_multi_aug_pipelines,
                                           get_swav_aug_pipelines)
 from self_supervised_swav.fused import FusedAugment, color_matrices, hue_matrix
 
@@ -34,21 +36,25 @@ def draws(*shape, n=n_draws, **kw):
     return FusedAugment(kw.pop('size', 32), **kw).draw((n, 3, *shape))
 
 def same_distribution(a, b, what, shift=0., n=None):
-    """Mean within 5 standard errors, quantiles 5..95 % within 5 standard errors of their rank (a Kolmogorov-Smirnov bound), plus `shift`.
+    """Mean within 5 standard errors, quantiles 5..95 % within 5 standard errors of their rank (a Kolmogorov-Smirnov
+    bound), plus `shift`.
 
     Five standard errors of two samples: a right program fails once in two million comparisons."""
     a,b = (np.sort(np.asarray(o, dtype=np.float64)) for o in (a,b))
     n = n or min(len(a), len(b))
     se = math.sqrt((a.var()+b.var())/n)
-    assert abs(a.mean()-b.mean()) <= 5*se + shift + 1e-9, f'{what}: means {a.mean():.5f} and {b.mean():.5f}, standard error {se:.5f}'
+    said = f'{what}: means {a.mean():.5f} and {b.mean():.5f}, standard error {se:.5f}'
+    assert abs(a.mean()-b.mean()) <= 5*se + shift + 1e-9, said
     for q in (.05,.25,.5,.75,.95):
         d = 5*math.sqrt(2*q*(1-q)/n)
         lo,hi = np.quantile(b, [max(q-d, 0), min(q+d, 1)])
-        assert lo-shift-1e-9 <= np.quantile(a, q) <= hi+shift+1e-9, f'{what}: quantile {q} is {np.quantile(a, q):.5f}, not in [{lo:.5f}, {hi:.5f}]'
+        assert lo-shift-1e-9 <= np.quantile(a,
+            q) <= hi+shift+1e-9, f'{what}: quantile {q} is {np.quantile(a, q):.5f}, not in [{lo:.5f}, {hi:.5f}]'
 
 # -- each operation has torchvision's distribution
 
-@pytest.mark.parametrize('shape,scale', [((256,320),(.05,.14)), ((256,320),(.25,1.)), ((60,200),(.3,1.)), ((200,50),(.5,1.)), ((8,6),(1.,1.)), ((28,28),(.05,.3))])
+@pytest.mark.parametrize('shape,scale', [((256,320),(.05,.14)), ((256,320),(.25,1.)), ((60,200),(.3,1.)),
+                                         ((200,50),(.5,1.)), ((8,6),(1.,1.)), ((28,28),(.05,.3))])
 def test_crop_box(shape, scale):
     "Area, aspect ratio, place and size of the box, the fallback included"
     ours = draws(*shape, scale=scale)['box'].double()
@@ -59,11 +65,13 @@ def test_crop_box(shape, scale):
                        area=lambda b: b[:,2]*b[:,3], aspect=lambda b: b[:,3]/b[:,2]).items():
         same_distribution(f(ours), f(theirs), name)
     t,l,h,w = ours.unbind(1)
-    assert (t>=0).all() and (l>=0).all() and (t+h<=shape[0]).all() and (l+w<=shape[1]).all() and (h>0).all() and (w>0).all()
+    assert (t>=0).all() and (l>=0).all() and (t+h<=shape[0]).all() and (l+w<=shape[1]).all() and (h>0).all()
+    assert (w>0).all()
 
 def test_rates():
     p = draws(32, 32, rotate_p=.3)
-    for name,got,want in (('flip',p['flip'],.5), ('bw',p['bw'],.2), ('blur',p['sigma']>0,.5), ('jitter',p['factors'][:,0]!=1,.8), ('rotate',p['angle']!=0,.3)):
+    for name,got,want in (('flip',p['flip'],.5), ('bw',p['bw'],.2), ('blur',p['sigma']>0,.5),
+                          ('jitter',p['factors'][:,0]!=1,.8), ('rotate',p['angle']!=0,.3)):
         assert abs(got.double().mean()-want) <= 5*math.sqrt(want*(1-want)/n_draws), name
     # independent of each other: no correlation beyond chance
     flags = torch.stack([p['flip'], p['bw'], p['sigma']>0, p['factors'][:,0]!=1, p['angle']!=0]).double()
@@ -73,7 +81,8 @@ def test_factors():
     p = draws(32, 32, jitter_p=1., blur_p=1.)
     jitter = T.ColorJitter(.8,.8,.8,.2)
     torch.manual_seed(1)
-    theirs = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n_draws)]
+    theirs = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+              for _ in range(n_draws)]
     for i in range(4): same_distribution(p['factors'][:,i], [o[i+1] for o in theirs], 'factor')
     for k in range(4): # where each operation stands in the order is uniform
         counts = torch.bincount((p['order']==k).int().argmax(1), minlength=4)
@@ -83,7 +92,8 @@ def test_factors():
 
 def summary(y):
     "Numbers that each operation moves: brightness, contrast, colourfulness, hue balance, sharpness"
-    return dict(mean=y.mean((1,2,3)), std=y.mean(1).std((1,2)), colour=(y.amax(1)-y.amin(1)).mean((1,2)), red=(y[:,0]-y[:,2]).mean((1,2)),
+    return dict(mean=y.mean((1,2,3)), std=y.mean(1).std((1,2)), colour=(y.amax(1)-y.amin(1)).mean((1,2)),
+                red=(y[:,0]-y[:,2]).mean((1,2)),
                 edges=(y[...,1:]-y[...,:-1]).abs().mean((1,2,3)))
 
 jitters = dict(brightness=(.8,0,0,0), contrast=(0,.8,0,0), saturation=(0,0,.8,0))
@@ -93,9 +103,12 @@ def test_effect(op, photos):
     "The pictures have torchvision's distribution of brightness, contrast, colourfulness and sharpness"
     x = F.interpolate(photos[:1,:,:,:256], (32,32), mode='bilinear', antialias=True)
     kw = dict(off, scale=(1.,1.), ratio=(1.,1.))
-    if op in jitters: ours,theirs = FusedAugment(32, **kw|dict(jitter_p=.8, jitter=jitters[op])),T.RandomApply([T.ColorJitter(*jitters[op])], p=.8)
+    if op in jitters:
+        ours = FusedAugment(32, **kw|dict(jitter_p=.8, jitter=jitters[op]))
+        theirs = T.RandomApply([T.ColorJitter(*jitters[op])], p=.8)
     if op=='grey': ours,theirs = FusedAugment(32, **kw|dict(bw_p=.2)),T.RandomGrayscale(.2)
-    if op=='blur': ours,theirs = FusedAugment(32, **kw|dict(blur_p=.5)),T.RandomApply([T.GaussianBlur(23, (.1,2.))], p=.5)
+    if op=='blur':
+        ours,theirs = FusedAugment(32, **kw|dict(blur_p=.5)),T.RandomApply([T.GaussianBlur(23, (.1,2.))], p=.5)
     set_seed(0)
     a = summary(ours(x.expand(n_draws,-1,-1,-1)))
     b = summary(torch.cat([theirs(x) for _ in range(n_draws)]))
@@ -103,9 +116,11 @@ def test_effect(op, photos):
 
 @pytest.mark.parametrize('exact', [False,True])
 def test_hue_distribution(exact, photos):
-    """Hue alone: kornia's is torchvision's. The fused turn keeps the mean of the channels where HSV keeps the largest and the range: these numbers and their
-    quantiles differ by at most 0.015 on the temple, whose colours are faint, and by 0.045 (11 of 255 levels, in the contrast) on the flower, whose are strong"""
-    aug = (ExactAugment if exact else FusedAugment)(32, **off|dict(scale=(1.,1.), ratio=(1.,1.), jitter_p=.8, jitter=(0,0,0,.2)))
+    """Hue alone: kornia's is torchvision's. The fused turn keeps the mean of the channels where HSV keeps the largest
+    and the range: these numbers and their quantiles differ by at most 0.015 on the temple, whose colours are faint, and
+    by 0.045 (11 of 255 levels, in the contrast) on the flower, whose are strong"""
+    aug = (ExactAugment if exact else FusedAugment)(32, **off|dict(scale=(1.,1.), ratio=(1.,1.), jitter_p=.8,
+                                                                   jitter=(0,0,0,.2)))
     theirs = T.RandomApply([T.ColorJitter(hue=.2)], p=.8)
     for x,shift in zip(F.interpolate(photos[...,:256], (32,32), mode='bilinear', antialias=True), (.015,.045)):
         set_seed(0)
@@ -114,13 +129,15 @@ def test_hue_distribution(exact, photos):
         for k in a: same_distribution(a[k], b[k], f'hue: {k}', shift=2e-4 if exact else shift)
 
 def chain(x, size, scale, **kw): return T.Compose([
-    T.RandomResizedCrop(size, scale, antialias=True), T.RandomHorizontalFlip(), T.RandomApply([T.ColorJitter(.8,.8,.8,.2)], p=.8),
+    T.RandomResizedCrop(size, scale, antialias=True), T.RandomHorizontalFlip(),
+    T.RandomApply([T.ColorJitter(.8,.8,.8,.2)], p=.8),
     T.RandomGrayscale(.2), T.RandomApply([T.GaussianBlur(23, (.1,2.))], p=.5)])(x)
 
 @pytest.mark.parametrize('exact', [False,True])
 def test_everything(exact, tiny):
-    """All operations together. The fused form may differ by 0.02 in these means and quantiles (5 of 255 levels): it clamps once and at the end, turns hues
-    about the grey axis instead of in HSV space. kornia's own differs as well: it interpolates without antialiasing (these crops grow, so that does not show)."""
+    """All operations together. The fused form may differ by 0.02 in these means and quantiles (5 of 255 levels): it
+    clamps once and at the end, turns hues about the grey axis instead of in HSV space. kornia's own differs as well: it
+    interpolates without antialiasing (these crops grow, so that does not show)."""
     x = tiny[:1]
     set_seed(0)
     aug = (ExactAugment if exact else FusedAugment)(32, scale=(.25,1.))
@@ -185,7 +202,8 @@ def test_device_path(size, scale, photos):
     assert (each-batch).abs().max() < 2e-5
 
 def test_antialias():
-    "Crops of large photographs against Pillow: below 1.5 levels of 255 at worst (Pillow rounds twice), 0.5 on average; without antialiasing ten times that"
+    """Crops of large photographs against Pillow: below 1.5 levels of 255 at worst (Pillow rounds twice), 0.5 on
+    average; without antialiasing ten times that"""
     images = [Image.fromarray(o) for o in load_sample_images().images]
     x = torch.stack([TF.to_tensor(o) for o in images])
     set_seed(0)
@@ -204,7 +222,8 @@ def test_rotation(photos):
     aug = FusedAugment(64, rotate_p=.6, **off)
     p = aug.draw(photos.shape, 8)
     plain = aug(photos, params=dict(p, angle=torch.zeros(16)))
-    turned = K.RandomRotation(30., p=1., align_corners=False)(plain, params=dict(degrees=p['angle'].float(), batch_prob=torch.ones(16)))
+    turned = K.RandomRotation(30., p=1., align_corners=False)(plain,
+        params=dict(degrees=p['angle'].float(), batch_prob=torch.ones(16)))
     assert (aug(photos, params=p)-turned).abs().max() < 1e-3
     assert (p['angle']!=0).any() and (p['angle']==0).any()
 
@@ -226,7 +245,8 @@ def test_own_parameters(photos):
             a,b = aug.sample(x, 2)
             assert torch.allclose(a, a[:1].expand_as(a), atol=1e-5)==same
             assert not torch.allclose(a, b) # another view has other parameters
-            assert len({tuple(o.flatten()[:50].tolist()) for o in a})==(1 if same else 8) or isinstance(aug, ExactAugment)
+            assert len({tuple(o.flatten()[:50].tolist())
+                        for o in a})==(1 if same else 8) or isinstance(aug, ExactAugment)
 
 def test_seed_and_replay(photos):
     aug = FusedAugment(48, rotate_p=.3)
@@ -247,7 +267,8 @@ def test_memory_is_written_again_when_nobody_holds_it(photos, public, monkeypatc
     kept,place = [o.clone() for o in first],places(first)
     assert not places(aug.sample(photos, 2)) & place
     assert all(torch.equal(o,p) for o,p in zip(first, kept))
-    for hold in (lambda c: c[1][0,0,3:5], lambda c: c[0].numpy(), lambda c: (c[0]*torch.ones(1, requires_grad=True)).sum(), lambda c: c[0].untyped_storage()):
+    for hold in (lambda c: c[1][0,0,3:5], lambda c: c[0].numpy(),
+                 lambda c: (c[0]*torch.ones(1, requires_grad=True)).sum(), lambda c: c[0].untyped_storage()):
         crops = aug.sample(photos, 2)
         held,place = hold(crops),places(crops)
         del crops
@@ -256,7 +277,8 @@ def test_memory_is_written_again_when_nobody_holds_it(photos, public, monkeypatc
     place = places(aug.sample(photos, 2))
     assert places(aug.sample(photos, 2))==place
     with torch.inference_mode(): aug.sample(photos, 2)
-    (aug.sample(photos, 2)[0]*torch.ones(1, requires_grad=True)).sum().backward()  # tensors of inference mode cannot be saved for that
+    # tensors of inference mode cannot be saved for that
+    (aug.sample(photos, 2)[0]*torch.ones(1, requires_grad=True)).sum().backward()
     for other in (pickle.loads(pickle.dumps(aug)), copy.deepcopy(aug)): assert other.memory.last is None
 
 def test_switches_keep_boxes(photos):
@@ -269,14 +291,16 @@ def test_many_images_do_not_mix(photos):
     "Row v*B+b comes from image b, across the blocks that a processor works in"
     x = torch.linspace(0, 1, 40)[:,None,None,None].expand(40,3,40,50)
     for size in (224,16):
-        for y in FusedAugment(size, jitter_p=0., bw_p=0.).sample(x, 3): assert torch.allclose(y, x[...,:1,:1].expand_as(y), atol=1e-5)
+        for y in FusedAugment(size, jitter_p=0., bw_p=0.).sample(x, 3):
+            assert torch.allclose(y, x[...,:1,:1].expand_as(y), atol=1e-5)
 
 # -- kornia's containers
 
 def test_containers(photos):
     aug = FusedAugment(40, rotate_p=.5)
     for box in (K.ImageSequential, K.AugmentationSequential):
-        seq = box(K.RandomVerticalFlip(p=.5), aug) if box is K.ImageSequential else box(K.RandomVerticalFlip(p=.5), aug, data_keys=['input'])
+        seq = box(K.RandomVerticalFlip(p=.5),
+                  aug) if box is K.ImageSequential else box(K.RandomVerticalFlip(p=.5), aug, data_keys=['input'])
         y = seq(photos)
         assert y.shape==(2,3,40,40)
         assert torch.equal(seq(photos, params=seq._params), y)
@@ -351,7 +375,8 @@ def test_normalize_and_decode(photos):
         back = MultiCrop(pipes).decode([want,want], 1)
         # one rounding in each of -, /, *, +, of numbers of size at most 1/0.2+1: 4*6*eps
         assert all(len(o)==1 and (o-photos[:1]).abs().max()<=24*torch.finfo(torch.float32).eps for o in back)
-    twice = MultiCrop(get_multi_aug_pipelines(2, 16, stats=(mean,std), xtra_tfms=[Normalize.from_stats([1.],[2.], cuda=False)]))
+    twice = MultiCrop(get_multi_aug_pipelines(2, 16, stats=(mean,std),
+                                              xtra_tfms=[Normalize.from_stats([1.],[2.], cuda=False)]))
     y = (want-1)/2
     # the largest value is (1-.3)/.2 < 5: two roundings here, four there
     assert (twice.normalize(photos)-y).abs().max()<=6*5*torch.finfo(torch.float32).eps
@@ -372,7 +397,8 @@ def test_types(exact):
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         assert pipe(torch.rand(2,3,20,20).to(dtype)).dtype==torch.float32
     with torch.autocast('cpu', dtype=torch.bfloat16): assert pipe(torch.rand(2,3,20,20)).dtype==torch.float32
-    assert get_batch_augs(16, jitter=False, bw=False, stats=None, exact=exact, cuda=False)(torch.rand(2,7,20,20)).shape==(2,7,16,16)
+    assert get_batch_augs(16, jitter=False, bw=False, stats=None, exact=exact,
+                          cuda=False)(torch.rand(2,7,20,20)).shape==(2,7,16,16)
 
 def test_one_channel_is_grey():
     "Brightness and contrast act on one channel as on a grey image of three; the rest does nothing"
@@ -395,20 +421,23 @@ def test_pickle(photos):
 def test_no_synchronisation(c):
     "All of it runs on pretended CUDA tensors: nothing is left on the CPU, no value is waited for"
     from torch._subclasses import FakeTensorMode
-    with FakeTensorMode(), torch.device('cuda'): # the parameters are drawn on the CPU even where the default device is another
+    # the parameters are drawn on the CPU even where the default device is another
+    with FakeTensorMode(), torch.device('cuda'):
         x = torch.rand(8, c, 64, 80)
         pipes = get_swav_aug_pipelines(crop_sizes=(32,16), rotate=True, stats=((.5,)*c,(.2,)*c))
         y = MultiCrop(pipes).cut(x)
         assert [tuple(o.shape) for o in y]==[(8,c,32,32)]*2 + [(8,c,16,16)]*6 and all(o.device.type=='cuda' for o in y)
 
 @settings(max_examples=60, deadline=None)
-@given(b=st.integers(0,3), c=st.sampled_from([1,3]), h=st.integers(1,40), w=st.integers(1,40), size=st.integers(1,40), n=st.integers(1,3),
+@given(b=st.integers(0,3), c=st.sampled_from([1,3]), h=st.integers(1,40), w=st.integers(1,40), size=st.integers(1,40),
+       n=st.integers(1,3),
        lo=st.floats(.01,1), same=st.booleans(), rotate=st.booleans())
 def test_any_shape(b, c, h, w, size, n, lo, same, rotate):
     aug = FusedAugment(size, (lo,1.), rotate_p=.5*rotate, same_on_batch=same)
     x = torch.rand(b,c,h,w)
     ys = aug.sample(x, n)
-    assert len(ys)==n and all(y.shape==(b,c,size,size) and torch.isfinite(y).all() and (y>=0).all() and (y<=1).all() for y in ys)
+    assert len(ys)==n
+    assert all(y.shape==(b,c,size,size) and torch.isfinite(y).all() and (y>=0).all() and (y<=1).all() for y in ys)
     if b>0:
         table = aug._table(aug._params, c)
         each,batch = (torch.cat([o.clone() for o in f(x, table)]) for f in (aug._cut_boxes, aug._cut_windows))
@@ -418,18 +447,26 @@ def test_any_shape(b, c, h, w, size, n, lo, same, rotate):
 
 @pytest.mark.parametrize('kw,words', [
     (dict(size=0),'size must be a positive integer, got 0'), (dict(size=2.5),'size .* 2.5'), (dict(size=True),'size'),
-    (dict(resize_scale=(.5,.2)),'resize_scale .* got'), (dict(resize_scale=(0,.2)),'resize_scale'), (dict(resize_scale=(.1,1.2)),'resize_scale'),
-    (dict(resize_ratio=(2,1)),'resize_ratio'), (dict(resize_ratio=1),'resize_ratio'), (dict(blur_s=(0,1)),'blur_s'), (dict(blur_s=(2,1)),'blur_s'),
-    (dict(flip_p=1.1),'flip_p must be a probability between 0 and 1, got 1.1'), (dict(rotate_p=-1),'rotate_p'), (dict(jitter_p=None),'jitter_p'),
-    (dict(bw_p='x'),'bw_p'), (dict(blur_p=float('nan')),'blur_p'), (dict(rotate_deg=-5),'rotate_deg'), (dict(jitter_s=-1),'jitter_s'), (dict(jitter_s=3),'jitter_s'),
-    (dict(stats=(.5,.5)),'stats'), (dict(stats=((.5,),(0.,))),'stats'), (dict(stats=((.5,.5),(.1,))),'stats'), (dict(stats='imagenet'),'stats')])
+    (dict(resize_scale=(.5,.2)),'resize_scale .* got'), (dict(resize_scale=(0,.2)),'resize_scale'),
+    (dict(resize_scale=(.1,1.2)),'resize_scale'),
+    (dict(resize_ratio=(2,1)),'resize_ratio'), (dict(resize_ratio=1),'resize_ratio'), (dict(blur_s=(0,1)),'blur_s'),
+    (dict(blur_s=(2,1)),'blur_s'),
+    (dict(flip_p=1.1),'flip_p must be a probability between 0 and 1, got 1.1'), (dict(rotate_p=-1),'rotate_p'),
+    (dict(jitter_p=None),'jitter_p'),
+    (dict(bw_p='x'),'bw_p'), (dict(blur_p=float('nan')),'blur_p'), (dict(rotate_deg=-5),'rotate_deg'),
+    (dict(jitter_s=-1),'jitter_s'), (dict(jitter_s=3),'jitter_s'),
+    (dict(stats=(.5,.5)),'stats'), (dict(stats=((.5,),(0.,))),'stats'), (dict(stats=((.5,.5),(.1,))),'stats'),
+    (dict(stats='imagenet'),'stats')])
 def test_bad_arguments(kw, words):
     with pytest.raises(ValueError, match=words): get_batch_augs(**dict(size=32)|kw)
 
 @pytest.mark.parametrize('kw,words', [
-    (dict(num_crops=(2,6,1)),'equal lengths'), (dict(min_scales=(.3,.2)),r'min_scales\[1\] must be at most max_scales\[1\]=0.14, got 0.2'),
-    (dict(crop_sizes=(224,-1)),r'crop_sizes\[1\] must be a positive integer, got -1'), (dict(num_crops=(0,6)),r'num_crops\[0\]'),
-    (dict(max_scales=(1.5,.14)),r'max_scales\[0\]'), (dict(min_scales=(0,.05)),r'min_scales\[0\]'), (dict(num_crops=8),'num_crops'),
+    (dict(num_crops=(2,6,1)),'equal lengths'),
+    (dict(min_scales=(.3,.2)),r'min_scales\[1\] must be at most max_scales\[1\]=0.14, got 0.2'),
+    (dict(crop_sizes=(224,-1)),r'crop_sizes\[1\] must be a positive integer, got -1'),
+    (dict(num_crops=(0,6)),r'num_crops\[0\]'),
+    (dict(max_scales=(1.5,.14)),r'max_scales\[0\]'), (dict(min_scales=(0,.05)),r'min_scales\[0\]'),
+    (dict(num_crops=8),'num_crops'),
     (dict(resize_scale=(.1,1)),'resize_scale'), (dict(blur_p=2),'blur_p')])
 def test_bad_swav_arguments(kw, words):
     with pytest.raises(ValueError, match=words): get_swav_aug_pipelines(**kw)
@@ -437,16 +474,21 @@ def test_bad_swav_arguments(kw, words):
 @pytest.mark.parametrize('exact', [False,True])
 def test_bad_images(exact):
     pipe = get_batch_augs(16, exact=exact)
-    with pytest.raises(TypeError, match='floating point .* torch.uint8'): pipe(torch.zeros(2,3,20,20, dtype=torch.uint8))
+    with pytest.raises(TypeError, match='floating point .* torch.uint8'):
+        pipe(torch.zeros(2,3,20,20, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r'\(B,C,H,W\), got \(3, 20, 20\)'): pipe(torch.rand(3,20,20))
-    with pytest.raises(ValueError, match='stats must have 1 values for images of 1 channels, got 3'): pipe(torch.rand(2,1,20,20))
-    with pytest.raises(ValueError, match='1 or 3 channels, got 4'): get_batch_augs(16, stats=None, exact=exact)(torch.rand(2,4,20,20))
+    with pytest.raises(ValueError, match='stats must have 1 values for images of 1 channels, got 3'):
+        pipe(torch.rand(2,1,20,20))
+    with pytest.raises(ValueError, match='1 or 3 channels, got 4'):
+        get_batch_augs(16, stats=None, exact=exact)(torch.rand(2,4,20,20))
     with pytest.raises(ValueError, match='n must be'): get_multi_aug_pipelines(0, 16)
     assert isinstance(pipe.fs[0], BatchAugment)
-    with pytest.raises(TypeError, match='floating point .* torch.uint8'): MultiCrop([pipe]*2).cut(torch.zeros(2,3,20,20, dtype=torch.uint8))
+    with pytest.raises(TypeError, match='floating point .* torch.uint8'):
+        MultiCrop([pipe]*2).cut(torch.zeros(2,3,20,20, dtype=torch.uint8))
 
 @pytest.mark.parametrize('pipes,error,words', [
-    (None, TypeError, 'aug_pipelines must be a list of fastai Pipelines.*got None'), ([1,2], TypeError, r'got \[1, 2\]'),
+    (None, TypeError, 'aug_pipelines must be a list of fastai Pipelines.*got None'),
+    ([1,2], TypeError, r'got \[1, 2\]'),
     ([], ValueError, 'at least two'), ([Pipeline([], split_idx=0)], ValueError, 'got 1'),
     ([Pipeline([], split_idx=0), Pipeline([])], ValueError, r'split_idx=0, got \[None\] at \[1\]')])
 def test_bad_pipelines(pipes, error, words):

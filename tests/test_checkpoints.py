@@ -11,10 +11,12 @@ from self_supervised_swav.checkpoints import atomic_path, encoder_settings, load
 from self_supervised_swav.encoders import create_encoder
 
 tiny = dict(layers=(1,1,1,1), channels=(8,8,16,16))
-def same(a, b): return all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def same(a, b):
+    return all(torch.equal(x, y) for x,y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 @pytest.mark.parametrize('arch,kwargs', [
-    ('resnet18', dict(n_in=1, small_images=True, pool_type='catavgmax', **tiny)), (xresnet18, dict(n_in=3)), ('vit_tiny_patch16_224', dict(small_images=True, depth=1)),
+    ('resnet18', dict(n_in=1, small_images=True, pool_type='catavgmax', **tiny)), (xresnet18, dict(n_in=3)),
+    ('vit_tiny_patch16_224', dict(small_images=True, depth=1)),
     ('mobilenet_v3_small', dict(n_in=1))], ids=['timm','function','vit','torchvision'])
 def test_round_trip(tmp_path, arch, kwargs):
     encoder = create_encoder(arch, pretrained=False, **kwargs)
@@ -52,7 +54,8 @@ def test_odd_encoders(tmp_path):
     odd = create_encoder('resnet18', pretrained=False, n_in=1, act_layer=nn.LeakyReLU, **tiny)
     save_encoder(odd, tmp_path/'c.safetensors')
     with pytest.raises(ValueError, match='act_layer.*load_weights'): load_encoder(tmp_path/'c.safetensors')
-    with pytest.raises(TypeError, match='must be a Learner or a Module, got str'): save_encoder('resnet18', tmp_path/'d.safetensors')
+    with pytest.raises(TypeError, match='must be a Learner or a Module, got str'):
+        save_encoder('resnet18', tmp_path/'d.safetensors')
     assert not (tmp_path/'d.safetensors').exists()
 
 def test_compiled(tmp_path):
@@ -60,8 +63,10 @@ def test_compiled(tmp_path):
     assert same(load_encoder(save_encoder(torch.compile(e, backend='eager'), tmp_path/'a.safetensors')), e)
 
 @pytest.mark.parametrize('name,data,match', [
-    ('junk.safetensors', lambda b: b'junk'*100, 'is no safetensors file'), ('cut.safetensors', lambda b: b[:-10], 'is no safetensors file, or a part of one'),
-    ('head.safetensors', lambda b: b[:100], 'is no safetensors file, or a part of one'), ('junk.pth', lambda b: b'junk', 'neither safetensors nor weights')])
+    ('junk.safetensors', lambda b: b'junk'*100, 'is no safetensors file'),
+    ('cut.safetensors', lambda b: b[:-10], 'is no safetensors file, or a part of one'),
+    ('head.safetensors', lambda b: b[:100], 'is no safetensors file, or a part of one'),
+    ('junk.pth', lambda b: b'junk', 'neither safetensors nor weights')])
 def test_broken_files(tmp_path, name, data, match):
     whole,e = save_encoder(small_encoder(), tmp_path/'whole.safetensors'),small_encoder()
     (tmp_path/name).write_bytes(data(whole.read_bytes()))
@@ -92,7 +97,8 @@ def test_prefixes(tmp_path):
     learn = small_learner()
     want = learn.model.encoder
     states = [{f'module.{k}': v for k,v in want.state_dict().items()} | {'module.prototypes.weight': torch.zeros(3, 2)},
-              dict(state_dict={f'module.encoder.{k}': v for k,v in want.state_dict().items()}), dict(model=learn.model.state_dict(), opt={}), learn.model.state_dict()]
+              dict(state_dict={f'module.encoder.{k}': v for k,v in want.state_dict().items()}),
+              dict(model=learn.model.state_dict(), opt={}), learn.model.state_dict()]
     for i,o in enumerate(states):
         torch.save(o, tmp_path/f'{i}.pth')
         fresh = small_encoder()
@@ -122,9 +128,11 @@ def test_atomic(tmp_path, monkeypatch):
         with atomic_path(path/'below') as p: p.write_text('')
 
 @pytest.mark.parametrize('change,words', [
-    (dict(arch='hf-hub:somebody/model'), 'must name a known architecture'), (dict(arch='local-dir:/tmp'), 'known architecture'),
+    (dict(arch='hf-hub:somebody/model'), 'must name a known architecture'),
+    (dict(arch='local-dir:/tmp'), 'known architecture'),
     (dict(arch='no_such_net'), 'no known architecture'), (dict(args=dict(checkpoint_path='/etc/x')), 'checkpoint_path'),
-    (dict(args=dict(pretrained_cfg=dict(url='http://x'))), 'pretrained_cfg'), (dict(args=dict(act_layer=dict(a=1))), 'plain'),
+    (dict(args=dict(pretrained_cfg=dict(url='http://x'))), 'pretrained_cfg'),
+    (dict(args=dict(act_layer=dict(a=1))), 'plain'),
     (dict(args=dict(n_in=1, small_images=True, layers=[1]*4, channels=[16384]*4)), 'does not fit its own settings'),
     (dict(args=dict(n_in=1, layers=[10**9]*4)), 'layers=.*78 tensors')])
 def test_a_file_that_lies(tmp_path, change, words):

@@ -12,7 +12,8 @@ from fastai.torch_core import TensorImage, TensorImageBW
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImageBW
 from fasttransform import Transform
-from self_supervised_swav.data import (OpenImage, UnlabeledImageBlock, check_images, digits_dls, fashion_mnist_dls, no_targets,
+from self_supervised_swav.data import (OpenImage, UnlabeledImageBlock, check_images, digits_dls, fashion_mnist_dls,
+                                       no_targets,
                                        read_idx, swav_dls, tensor_dls)
 
 rng = np.random.default_rng(0)
@@ -21,7 +22,8 @@ def noise(h, w, *c): return rng.integers(0, 256, (h, w, *c), dtype=np.uint8)
 @pytest.fixture
 def folder(tmp_path):
     "Ten images in nested folders: sizes, modes and formats mixed"
-    ims = [noise(50, 40, 3), noise(30, 90, 3), noise(64, 64), noise(40, 40, 4), noise(33, 47, 3), noise(20, 20, 3), noise(80, 81), noise(48, 64, 3)]
+    ims = [noise(50, 40, 3), noise(30, 90, 3), noise(64, 64), noise(40, 40, 4), noise(33, 47, 3), noise(20, 20, 3),
+           noise(80, 81), noise(48, 64, 3)]
     for i, im in enumerate(ims):
         fn = tmp_path/'deep'/f'd{i%3}'/f'{i}.{("png", "jpg", "bmp")[i%3]}'
         fn.parent.mkdir(parents=True, exist_ok=True)
@@ -49,13 +51,15 @@ def test_folder(folder, n_in, cls, method):
     assert (len(dls.train_ds), len(dls.valid_ds)) == (8, 2)
     for dl in dls:
         for b in dl:
-            assert len(b) == 1 and type(b[0]) is cls and b[0].shape[1:] == (n_in, 24, 32) and b[0].dtype == torch.float32
+            assert len(b) == 1 and type(b[0]) is cls and b[0].shape[1:] == (n_in, 24, 32)
+            assert b[0].dtype == torch.float32
             assert 0 <= b[0].min() and .5 < b[0].max() <= 1
     dls.show_batch()
 
 def test_split(folder):
     state = torch.get_rng_state()
-    names = [[[o.name for o in dl.items] for dl in swav_dls(folder, size=8, bs=2, valid_pct=.3, seed=s, num_workers=0)] for s in (1, 1, 2)]
+    names = [[[o.name for o in dl.items] for dl in swav_dls(folder, size=8, bs=2, valid_pct=.3, seed=s, num_workers=0)]
+             for s in (1, 1, 2)]
     assert torch.equal(state, torch.get_rng_state()), 'the split took from the global random state'
     assert names[0] == names[1] != names[2]
     assert len({*names[0][0], *names[0][1]}) == 10
@@ -79,7 +83,8 @@ def test_bad_files(folder):
     bad = add_bad(folder)
     with pytest.raises(ValueError, match='4 of 14 files') as e: swav_dls(folder)
     assert all(str(fn) in str(e.value) for fn in bad)
-    with pytest.warns(UserWarning, match='skipped: 4 of 14 files'): dls = swav_dls(folder, size=8, bs=2, skip_bad=True, num_workers=0)
+    with pytest.warns(UserWarning, match='skipped: 4 of 14 files'):
+        dls = swav_dls(folder, size=8, bs=2, skip_bad=True, num_workers=0)
     assert len(dls.train_ds)+len(dls.valid_ds) == 10
     for fn in bad:
         with pytest.raises(ValueError, match=f'1 of 2 .*{fn.name}'): swav_dls([folder/'palette.png', fn])
@@ -92,8 +97,10 @@ def test_file_that_broke_after_the_check_is_named(folder):
     (folder/'cmyk.jpg').write_text('broken')
     with pytest.raises(ValueError, match='cmyk.jpg is not a readable image'): dls.one_batch()
 
-@pytest.mark.parametrize('msg,kw', [('n_in must be 3 .* got 2', dict(n_in=2)), ('size must be positive, got 0', dict(size=0)), ('bs must be positive, got 0', dict(bs=0)),
-    ('valid_pct must .* got 1', dict(valid_pct=1)), ('valid_pct must .* got -0.1', dict(valid_pct=-.1)), ('check must be .* got True', dict(check=True)),
+@pytest.mark.parametrize('msg,kw', [('n_in must be 3 .* got 2', dict(n_in=2)),
+    ('size must be positive, got 0', dict(size=0)), ('bs must be positive, got 0', dict(bs=0)),
+    ('valid_pct must .* got 1', dict(valid_pct=1)), ('valid_pct must .* got -0.1', dict(valid_pct=-.1)),
+    ('check must be .* got True', dict(check=True)),
     ('skip_bad=True needs', dict(skip_bad=True, check=None)), ('2 images or more, got 1', dict(valid_pct=.95))])
 def test_errors(folder, msg, kw):
     with pytest.raises(ValueError, match=msg): swav_dls(folder, **kw)
@@ -106,7 +113,8 @@ def test_no_images(tmp_path):
 def test_large_jpeg_decoded_small(tmp_path):
     "A JPEG is decoded no larger than needed, never smaller, and gives the same picture"
     yy, xx = np.mgrid[:600, :900]
-    Image.fromarray(np.stack([yy/600, xx/900, (np.sin(xx/30)+1)/2], -1).__mul__(255).astype(np.uint8)).save(tmp_path/'big.jpg', quality=95)
+    Image.fromarray(np.stack([yy/600, xx/900, (np.sin(xx/30)+1)/2],
+                             -1).__mul__(255).astype(np.uint8)).save(tmp_path/'big.jpg', quality=95)
     small, full = OpenImage(min_size=(150, 150))(tmp_path/'big.jpg'), OpenImage()(tmp_path/'big.jpg')
     assert small.size == (225, 150) and full.size == (900, 600)
     assert np.abs(np.asarray(full.resize((225, 150), Image.BOX), float)-np.asarray(small)).mean() < 1.5
@@ -199,7 +207,8 @@ def test_export_is_small(tmp_path):
     learn.export('m.pkl')
     assert (tmp_path/'m.pkl').stat().st_size < 200_000, 'images were exported'
 
-@pytest.mark.parametrize('err,msg,args', [(ValueError, 'x must have 4', (torch.ones(3, 8, 8),)), (TypeError, 'x must be uint8 or', (torch.ones(3, 1, 8, 8).long(),)),
+@pytest.mark.parametrize('err,msg,args', [(ValueError, 'x must have 4', (torch.ones(3, 8, 8),)),
+                                          (TypeError, 'x must be uint8 or', (torch.ones(3, 1, 8, 8).long(),)),
     (ValueError, 'y must hold one class', (torch.ones(3, 1, 8, 8), torch.arange(4)))])
 def test_tensor_errors(err, msg, args):
     with pytest.raises(err, match=msg): tensor_dls(*args)
@@ -209,7 +218,8 @@ def write_fashion(path, n_train=30, n_valid=12):
     for part, n, start in (('train', n_train, 0), ('t10k', n_valid, 100)):
         x = (np.arange(n)+start).astype(np.uint8)
         for kind, a in (('images-idx3', np.broadcast_to(x[:, None, None], (n, 28, 28))), ('labels-idx1', x%10)):
-            with gzip.open(path/f'{part}-{kind}-ubyte.gz', 'wb') as f: f.write(struct.pack(f'>HBB{a.ndim}I', 0, 8, a.ndim, *a.shape)+a.tobytes())
+            with gzip.open(path/f'{part}-{kind}-ubyte.gz', 'wb') as f:
+                f.write(struct.pack(f'>HBB{a.ndim}I', 0, 8, a.ndim, *a.shape)+a.tobytes())
 
 @pytest.mark.parametrize('labelled', [True, False])
 def test_fashion(tmp_path, labelled):
@@ -217,15 +227,18 @@ def test_fashion(tmp_path, labelled):
     dls = fashion_mnist_dls(path=tmp_path, n_train=20, bs=8, labelled=labelled)
     assert (len(dls.train_ds), len(dls.valid_ds)) == (20, 12)
     ids = [ds.x[:, 0, 0, 0].long() for ds in (dls.train_ds, dls.valid_ds)]
-    assert len(ids[0].unique()) == 20 and ids[0].max() < 30 and set(ids[1].tolist()) == set(range(100, 112)), 'the own split was not kept'
+    assert len(ids[0].unique()) == 20 and ids[0].max() < 30 and set(ids[1].tolist()) == set(range(100,
+        112)), 'the own split was not kept'
     if labelled: assert dls.c == 10 and all(torch.equal(ds.y, i%10) for ds, i in zip((dls.train_ds, dls.valid_ds), ids))
     x = dls.valid.one_batch()[0]
     assert x.shape == (8, 1, 28, 28) and torch.allclose(x[:, 0, 0, 0], ids[1][:8]/255)
     assert torch.equal(fashion_mnist_dls(path=tmp_path, n_train=20).train_ds.x, dls.train_ds.x)
-    with pytest.raises(ValueError, match='n_train must be between 1 and 30, got 31'): fashion_mnist_dls(path=tmp_path, n_train=31)
+    with pytest.raises(ValueError, match='n_train must be between 1 and 30, got 31'):
+        fashion_mnist_dls(path=tmp_path, n_train=31)
 
 def test_fashion_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match='apt install dataset-fashion-mnist') as e: fashion_mnist_dls(path=tmp_path)
+    with pytest.raises(FileNotFoundError, match='apt install dataset-fashion-mnist') as e:
+        fashion_mnist_dls(path=tmp_path)
     assert str(tmp_path) in str(e.value) and 'download=True' in str(e.value)
 
 def test_fashion_download(tmp_path, monkeypatch):
@@ -233,7 +246,8 @@ def test_fashion_download(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr('self_supervised_swav.data.fastai_path', lambda o: tmp_path)
     monkeypatch.setattr('self_supervised_swav.data._debian_path', tmp_path/'none')
-    monkeypatch.setattr('torchvision.datasets.FashionMNIST', lambda root, download: calls.append(root) or write_fashion(Path(root)/'FashionMNIST'/'raw'))
+    monkeypatch.setattr('torchvision.datasets.FashionMNIST',
+                        lambda root, download: calls.append(root) or write_fashion(Path(root)/'FashionMNIST'/'raw'))
     for _ in range(2): assert len(fashion_mnist_dls(download=True).train_ds) == 30
     assert calls == [tmp_path]
     assert len(fashion_mnist_dls().train_ds) == 30

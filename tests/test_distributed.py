@@ -1,4 +1,5 @@
-"""Two, three and four processes do what one does with their joined batches: codes, loss, gradient, queue, weights; and none waits for a rank that is gone.
+"""Two, three and four processes do what one does with their joined batches: codes, loss, gradient, queue, weights; and
+none waits for a rank that is gone.
 
 The ranks are forked from a server that has imported everything once. Whole scripts under `torchrun` are at the end."""
 import os, signal, subprocess, sys, time
@@ -16,14 +17,16 @@ from self_supervised_swav.queue import FeatureQueue
 from self_supervised_swav.sinkhorn import sinkhorn
 from self_supervised_swav.swav import SWAV
 
-# --- ranks ---------------------------------------------------------------------------------------------------------------
+# --- ranks ------------------------------------------------------------------------------------------------------------
 ctx = mp.get_context('forkserver')
 ctx.set_forkserver_preload(['self_supervised_swav.all', 'self_supervised_swav.distributed', 'helpers'])
 
 def _rank(f, rank, size, folder, args):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR='127.0.0.1', OMP_NUM_THREADS='1')
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+                      MASTER_ADDR='127.0.0.1', OMP_NUM_THREADS='1')
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=size,
+                            timeout=timedelta(seconds=60))
     torch.manual_seed(0)
     torch.save(f(rank, size, *args), f'{folder}/{rank}.pth')
     dist.barrier()
@@ -43,7 +46,7 @@ def run_ranks(f, size, folder, *args):
     assert codes==[0]*size, codes
     return [torch.load(f'{folder}/{r}.pth', weights_only=False) for r in range(size)]
 
-# --- messages, codes, queue ----------------------------------------------------------------------------------------------
+# --- messages, codes, queue -------------------------------------------------------------------------------------------
 def _uneven(size): return [3,5,1,4][:size]
 def _scores(): return torch.linspace(-1, 1, 13*6).mul(37).sin().view(13, 6)
 
@@ -55,8 +58,10 @@ def _pieces(rank, size):
     if rank==0: queue.push(torch.ones(1, 3, 6))
     queue.share_first(group)
     for sizes in (n, None): queue.push(_scores()[None,mine], group, sizes)
-    codes = {(e,h,b): sinkhorn(_scores()[mine], eps=e, hard=h, bound=b, group=group) for e in (1e-3,.05,1.) for h in (False,True) for b in (None,1.)}
-    return dict(said=exchange(rank, rank**2, device='cpu', group=group), rows=rows, share=share(10, group), queue=queue.features, n_pushed=queue.n_pushed, codes=codes)
+    codes = {(e,h,b): sinkhorn(_scores()[mine], eps=e, hard=h, bound=b, group=group) for e in (1e-3,.05,1.)
+             for h in (False,True) for b in (None,1.)}
+    return dict(said=exchange(rank, rank**2, device='cpu', group=group), rows=rows, share=share(10, group),
+                queue=queue.features, n_pushed=queue.n_pushed, codes=codes)
 
 @pytest.mark.parametrize('size', [2,3])
 def test_pieces(size, tmp_path):
@@ -66,12 +71,14 @@ def test_pieces(size, tmp_path):
     for x in (torch.ones(3, 6), rows, rows): queue.push(x[None])
     for g in got:
         assert g['said']==[[r,r**2] for r in range(size)]
-        assert torch.equal(g['rows'][0], rows) and torch.equal(g['queue'], queue.features) and g['n_pushed']==queue.n_pushed
+        assert torch.equal(g['rows'][0], rows) and torch.equal(g['queue'], queue.features)
+        assert g['n_pushed']==queue.n_pushed
     assert [i for g in got for i in range(10)[g['share']]]==list(range(10))
     for (e,h,b),_ in got[0]['codes'].items():
-        torch.testing.assert_close(torch.cat([g['codes'][e,h,b] for g in got]), sinkhorn(rows, eps=e, hard=h, bound=b), atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.cat([g['codes'][e,h,b] for g in got]), sinkhorn(rows, eps=e, hard=h, bound=b),
+                                   atol=1e-5, rtol=0)
 
-# --- whole fits ------------------------------------------------------------------------------------------------------------
+# --- whole fits -------------------------------------------------------------------------------------------------------
 class Cut(Transform):
     "The same part of every image"
     split_idx = 0
@@ -93,27 +100,36 @@ class Watch(Callback):
     order = 100
     def before_fit(self): self.seen = []
     def after_loss(self):
-        if self.training: self.seen.append(dict(codes=self.swav.codes.clone(), loss=self.learn.to_detach(self.loss), used=self.swav.uses_queue))
+        if self.training:
+            self.seen.append(dict(codes=self.swav.codes.clone(), loss=self.learn.to_detach(self.loss),
+                                  used=self.swav.uses_queue))
     def before_step(self):
-        if self.training: self.seen[-1]['grad'] = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten().clone() for p in self.model.parameters()])
+        if self.training:
+            self.seen[-1]['grad'] = torch.cat([torch.zeros_like(p).flatten() if p.grad is None
+                                               else p.grad.flatten().clone() for p in self.model.parameters()])
 
 def _learner(sizes, rank=0, K=None, cbs=(), n=60):
     "Deterministic crops, batches of `sum(sizes)` in a fixed order, no batch norm"
     torch.manual_seed(1)
-    encoder = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1),
+                            nn.Flatten())
     model = create_swav_model(encoder, hidden_size=16, projection_size=8, n_protos=12, bn=False)
     x = torch.linspace(0, 1, n*144).mul(99991).sin().abs().view(n, 1, 12, 12)
     dls = tensor_dls(x, bs=sum(sizes), splits=(range(48), range(48,60)), device='cpu', num_workers=0)
-    loaders = [Parts(dl, sizes, rank) if len(sizes)>1 else dl.new(bs=sum(sizes), shuffle=False, drop_last=False) for dl in dls.loaders]
+    loaders = [Parts(dl, sizes, rank) if len(sizes)>1 else dl.new(bs=sum(sizes), shuffle=False, drop_last=False)
+               for dl in dls.loaders]
     augs = [Pipeline([Cut(i, s)], split_idx=0) for i,s in ((0,10),(2,10),(3,7))]
-    learn = Learner(DataLoaders(*loaders, device='cpu'), model, opt_func=SGD, lr=.05, cbs=[SWAV(augs, K=K, queue_start_pct=.3, freeze_protos_pct=.25, eps=.1), Watch(), *cbs])
+    learn = Learner(DataLoaders(*loaders, device='cpu'), model, opt_func=SGD, lr=.05,
+                    cbs=[SWAV(augs, K=K, queue_start_pct=.3, freeze_protos_pct=.25, eps=.1), Watch(), *cbs])
     learn.remove_cb(learn.progress)
     learn.logger = lambda *_: None
     return learn
 
 def _result(learn):
-    return dict(seen=learn.watch.seen, queue=learn.model.queue.features, n_pushed=learn.model.queue.n_pushed, losses=torch.stack(learn.recorder.losses),
-                valid=learn.recorder.values[-1], weights=torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
+    return dict(seen=learn.watch.seen, queue=learn.model.queue.features, n_pushed=learn.model.queue.n_pushed,
+                losses=torch.stack(learn.recorder.losses),
+                valid=learn.recorder.values[-1],
+                weights=torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
 
 def _fit(rank, size, sizes, K, acc):
     learn = _learner(sizes, rank, K, [GradientAccumulation(acc*sizes[rank])] if acc else [])
@@ -125,7 +141,8 @@ def _fit(rank, size, sizes, K, acc):
 
 def _assert_close(a, b, name, tol=1e-5):
     a,b = torch.as_tensor(a),torch.as_tensor(b)
-    if not a.numel()==b.numel()==0: torch.testing.assert_close(a, b, atol=tol*b.abs().max().item(), rtol=0, msg=lambda m: f'{name}: {m}')
+    if not a.numel()==b.numel()==0:
+        torch.testing.assert_close(a, b, atol=tol*b.abs().max().item(), rtol=0, msg=lambda m: f'{name}: {m}')
 
 def _check_fit(sizes, K, acc, tmp_path):
     one = _learner([sum(sizes)], K=K, cbs=[GradientAccumulation(acc*sum(sizes))] if acc else [])
@@ -148,7 +165,7 @@ def test_ranks_equal_one_process(sizes, K, tmp_path): _check_fit(sizes, K, None,
 
 def test_ranks_accumulate(tmp_path): _check_fit([6,6], 20, 2, tmp_path)
 
-# --- a rank that goes wrong -------------------------------------------------------------------------------------------------
+# --- a rank that goes wrong -------------------------------------------------------------------------------------------
 def _not_finite(rank, size, where):
     learn = _learner([6]*size, rank, K=20)
     weight = learn.model.encoder[0].weight
@@ -158,18 +175,21 @@ def _not_finite(rank, size, where):
         def before_batch(self):
             if where=='images' and self.train_iter==2 and rank==size-1: self.learn.xb = (self.xb[0]*float('nan'),)
         def after_loss(self):
-            if where=='loss' and self.training and self.train_iter==2 and rank==size-1: self.learn.loss_grad = self.loss_grad*float('inf')
+            if where=='loss' and self.training and self.train_iter==2 and rank==size-1:
+                self.learn.loss_grad = self.loss_grad*float('inf')
     before = []
     with learn.distrib_ctx(sync_bn=False):
         with learn.added_cbs([Break()]), pytest.raises(FloatingPointError) as e: learn.fit(1)
         before.append(weight.detach().clone())
         learn.fit(1)
-    return dict(message=str(e.value), weights=before, losses=learn.recorder.losses, model=type(learn.model).__name__, dl=type(learn.dls.train).__name__)
+    return dict(message=str(e.value), weights=before, losses=learn.recorder.losses, model=type(learn.model).__name__,
+                dl=type(learn.dls.train).__name__)
 
 @pytest.mark.parametrize('where', ['images','loss'])
 def test_ranks_stop_together(where, tmp_path):
     well,ill = run_ranks(_not_finite, 2, tmp_path, where)
-    assert 'another rank not finite in batch 2 of epoch 0' in well['message'] and f'{where} ' in ill['message'] and 'not finite in batch 2 of epoch 0' in ill['message']
+    assert 'another rank not finite in batch 2 of epoch 0' in well['message'] and f'{where} ' in ill['message']
+    assert 'not finite in batch 2 of epoch 0' in ill['message']
     for r in (well,ill): assert np.isfinite(r['losses']).all() and r['model']=='SwAVModel' and r['dl']=='Parts'
     assert torch.equal(well['weights'][0], ill['weights'][0])
 
@@ -177,7 +197,8 @@ def _die(rank, size, how):
     learn = _learner([4]*size, rank, K=20)
     class Die(Callback):
         def after_pred(self):
-            if self.train_iter==2 and rank==1: os.kill(os.getpid(), signal.SIGKILL) if how=='killed' else (_ for _ in ()).throw(RuntimeError('broken'))
+            if self.train_iter==2 and rank==1:
+                os.kill(os.getpid(), signal.SIGKILL) if how=='killed' else (_ for _ in ()).throw(RuntimeError('broken'))
     learn.add_cb(Die())
     with learn.distrib_ctx(sync_bn=False): learn.fit(100)
 
@@ -192,7 +213,7 @@ def test_rank_that_dies_ends_the_others(how, tmp_path):
     for p in ps: p.kill()
     assert codes[1]==(-signal.SIGKILL if how=='killed' else 1) and codes[0]==codes[2]==1, codes
 
-# --- scripts, as users run them ----------------------------------------------------------------------------------------------
+# --- scripts, as users run them ---------------------------------------------------------------------------------------
 script = '''
 import atexit, os, signal, sys
 sys.path.insert(0, {tests!r})
@@ -203,7 +224,8 @@ from self_supervised_swav.all import *
 from self_supervised_swav.distributed import *
 
 model = create_swav_model(small_encoder(), hidden_size=16, projection_size=8, n_protos=20)
-learn = Learner(digits(200), model, path={path!r}, cbs=[SWAV(small_augs(), K=24, queue_start_pct=.2, print_augs=True), CSVLogger()])
+cbs = [SWAV(small_augs(), K=24, queue_start_pct=.2, print_augs=True), CSVLogger()]
+learn = Learner(digits(200), model, path={path!r}, cbs=cbs)
 def count_threads():
     names = [p.read_text().strip() for p in Path('/proc/self/task').glob('*/comm')]
     (learn.path/f'threads{{rank_distrib()}}').write_text(str(sum('gloo' in o for o in names)))
@@ -219,23 +241,28 @@ with learn.distrib_ctx():
     learn.load('a')
     axes = learn.swav.show(1)
 state = torch.cat([o.flatten().double() for o in [*learn.model.parameters(), learn.model.queue.features]])
-torch.save(dict(crops=crops, state=state, losses=[float(o) for o in learn.recorder.losses], n=len(learn.recorder.values)), learn.path/f'{{rank_distrib()}}.pth')
+said = dict(crops=crops, state=state, losses=[float(o) for o in learn.recorder.losses], n=len(learn.recorder.values))
+torch.save(said, learn.path/f'{{rank_distrib()}}.pth')
 '''
 
 def _torchrun(folder, *args):
     (folder/'script.py').write_text(script.format(tests=str(Path(__file__).parent), path=str(folder)))
     env = os.environ|dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', PYTHONWARNINGS='ignore')
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(folder/'script.py'), *args]
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(folder/'script.py'),
+           *args]
     return subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=110)
 
 def test_torchrun(tmp_path):
     res = _torchrun(tmp_path)
     assert res.returncode==0, res.stderr[-3000:]
     a,b = [torch.load(tmp_path/f'{r}.pth') for r in range(2)]
-    assert torch.equal(a['state'], b['state']) and a['losses']==b['losses'] and len(a['losses'])==10 and not torch.equal(a['crops'], b['crops'])
-    assert res.stdout.count('train_loss')==1 and res.stdout.count('Pipeline')==3  # one header of the table, one print of each pipeline
+    assert torch.equal(a['state'], b['state']) and a['losses']==b['losses'] and len(a['losses'])==10
+    assert not torch.equal(a['crops'], b['crops'])
+    # one header of the table, one print of each pipeline
+    assert res.stdout.count('train_loss')==1 and res.stdout.count('Pipeline')==3
     assert len((tmp_path/'history.csv').read_text().splitlines())==3 and (tmp_path/'models'/'a.pth').exists()
-    assert all(o.read_text()=='0' for o in tmp_path.glob('threads*'))  # a process that ends beside gloo's threads is aborted now and then
+    # a process that ends beside gloo's threads is aborted now and then
+    assert all(o.read_text()=='0' for o in tmp_path.glob('threads*'))
 
 def test_torchrun_ends_when_a_rank_dies(tmp_path):
     started = time.time()

@@ -132,7 +132,8 @@ def test_names():
     (ValueError, "stem of 'xcit_nano_12_p16_224' is unknown", dict(arch='xcit_nano_12_p16_224', small_images=True)),
     (ValueError, "'vit_b_16' has no pooling to cut at", dict(arch=vit_b_16)),
     *((TypeError, f"arch='{a}' takes no argument 'layer'", dict(arch=o, layer=1))
-      for a,o in dict(resnet18='resnet18', vit_tiny_patch16_224='vit_tiny_patch16_224', xresnet34=xresnet34, vit_b_16=vit_b_16).items()),
+      for a,o in dict(resnet18='resnet18', vit_tiny_patch16_224='vit_tiny_patch16_224', xresnet34=xresnet34,
+                      vit_b_16=vit_b_16).items()),
 ])
 def test_errors(error, match, args):
     with pytest.raises(error, match=match): create_encoder(pretrained=False, **args)

@@ -14,13 +14,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from helpers import digits, small_learner
 from self_supervised_swav.augment import MultiCrop, get_swav_aug_pipelines
-from self_supervised_swav.evaluate import (EncoderWithHead, KNNMetric, extract_features, few_label_learner, few_label_splits, knn_accuracy,
+from self_supervised_swav.evaluate import (EncoderWithHead, KNNMetric, extract_features, few_label_learner,
+                                           few_label_splits, knn_accuracy,
                                            linear_probe)
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 class Tiny(nn.Sequential):
-    def __init__(self, n_in=1): super().__init__(nn.Conv2d(n_in, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    def __init__(self, n_in=1):
+        super().__init__(nn.Conv2d(n_in, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
 
 def clusters(n=600, d=12, n_classes=7, noise=1.5, seed=0):
     "(train,valid) of features around one point a class"
@@ -43,10 +45,11 @@ def files(tmp_path_factory):
     return path
 
 def file_dls(path, **kwargs):
-    block = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label, splitter=RandomSplitter(.3, seed=0), item_tfms=Resize(16), **kwargs)
+    block = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label,
+                      splitter=RandomSplitter(.3, seed=0), item_tfms=Resize(16), **kwargs)
     return block.dataloaders(path, bs=4, num_workers=0, device='cpu')
 
-# --- features -------------------------------------------------------------------------------------------------------------
+# --- features ---------------------------------------------------------------------------------------------------------
 def test_features_are_the_encoders():
     "In order, to the last image, normalised as the crops are, in eval mode, and nothing is changed"
     pipes = get_swav_aug_pipelines((2,1), (16,10), (.4,.1), (1.,.4), stats=([.3],[.2]))
@@ -61,15 +64,18 @@ def test_features_are_the_encoders():
     with torch.no_grad(): expected = learn.model.encoder.eval()((ds.x-.3)/.2)
     torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(y, ds.y) and type(x) is torch.Tensor and type(y) is torch.Tensor
-    plain,_ = extract_features(learn.model, learn.dls.train, progress=False)  # an encoder alone: the images as they come
-    with torch.no_grad(): torch.testing.assert_close(plain, learn.model.encoder(ds.x.as_subclass(torch.Tensor)), atol=1e-5, rtol=1e-5)
+    # an encoder alone: the images as they come
+    plain,_ = extract_features(learn.model, learn.dls.train, progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(plain, learn.model.encoder(ds.x.as_subclass(torch.Tensor)), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(extract_features(learn.model.encoder, learn.dls.train, progress=False)[0], plain)
 
 def test_sources_of_images(files):
     encoder = Tiny(3)
     dls = file_dls(files, batch_tfms=[*aug_transforms(size=16), Normalize.from_stats([.4]*3, [.3]*3, cuda=False)])
     (a,y),(b,_) = (extract_features(encoder, dls.train, progress=False) for _ in range(2))
-    assert torch.equal(a, b) and len(a)==21 and torch.equal(y, torch.tensor([int(o[1]) for o in dls.train_ds]))  # augmentations did not run
+    # augmentations did not run
+    assert torch.equal(a, b) and len(a)==21 and torch.equal(y, torch.tensor([int(o[1]) for o in dls.train_ds]))
     loader = DataLoader(TensorDataset(torch.rand(10,3,16,16), torch.arange(10)), batch_size=4)
     x,y = extract_features(encoder, loader, progress=False)
     assert torch.equal(y, torch.arange(10)) and len(x)==10
@@ -77,28 +83,35 @@ def test_sources_of_images(files):
     assert extract_features(Tiny(), digits(30).train, progress=False)[1] is None
     pipes = get_swav_aug_pipelines((2,1), (16,10), (.4,.1), (1.,.4))
     learn = small_learner(augs=pipes, n_in=3, dls=dls)  # a DataLoader that normalises is not normalised again
-    torch.testing.assert_close(*(extract_features(o, dls.valid, progress=False)[0] for o in (learn, learn.model.encoder)))
+    torch.testing.assert_close(*(extract_features(o, dls.valid, progress=False)[0]
+                                 for o in (learn, learn.model.encoder)))
 
 def test_map_on_disk(tmp_path):
     dls,encoder = digits(100, labelled=True),Tiny()
     expected = extract_features(encoder, dls.train, progress=False)[0]
     for kwargs in (dict(max_bytes=100), dict(path=tmp_path/'f.bin'), dict(max_bytes=100, path=tmp_path/'g.bin')):
         assert torch.equal(extract_features(encoder, dls.train, progress=False, **kwargs)[0], expected)
-    for o in 'fg': assert torch.equal(torch.from_file(str(tmp_path/f'{o}.bin'), size=expected.numel()).view_as(expected), expected)
+    for o in 'fg':
+        assert torch.equal(torch.from_file(str(tmp_path/f'{o}.bin'), size=expected.numel()).view_as(expected), expected)
     dls.train.dataset.x[-1] = torch.nan
-    with pytest.raises(FloatingPointError, match='features not finite in batch 4 of 5'): extract_features(encoder, dls.train, path=tmp_path/'h.bin', progress=False)
+    with pytest.raises(FloatingPointError, match='features not finite in batch 4 of 5'):
+        extract_features(encoder, dls.train, path=tmp_path/'h.bin', progress=False)
     assert not (tmp_path/'h.bin').exists() and encoder.training
 
 def test_extract_refuses():
-    with pytest.raises(TypeError, match='learn_or_encoder must be a Learner or a Module, got str'): extract_features('resnet18', digits(20).train)
-    with pytest.raises(ValueError, match=r'features \(B,d\), got shape'): extract_features(nn.Conv2d(1, 2, 3), digits(20).train, progress=False)
-    with pytest.raises(ValueError, match='dl must hold images'): extract_features(Tiny(), DataLoader(TensorDataset(torch.rand(0,1,8,8))), progress=False)
+    with pytest.raises(TypeError, match='learn_or_encoder must be a Learner or a Module, got str'):
+        extract_features('resnet18', digits(20).train)
+    with pytest.raises(ValueError, match=r'features \(B,d\), got shape'):
+        extract_features(nn.Conv2d(1, 2, 3), digits(20).train, progress=False)
+    with pytest.raises(ValueError, match='dl must hold images'):
+        extract_features(Tiny(), DataLoader(TensorDataset(torch.rand(0,1,8,8))), progress=False)
 
-# --- beside scikit-learn ---------------------------------------------------------------------------------------------------
+# --- beside scikit-learn ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('k,temp,chunk', [(20,.07,4096), (1,.07,50), (5,.5,64)])
 def test_knn_is_sklearns(k, temp, chunk):
     train,valid = clusters()
-    reference = KNeighborsClassifier(k, metric='cosine', algorithm='brute', weights=lambda d: np.exp((1-d-1)/temp)).fit(train[0].double(), train[1])
+    reference = KNeighborsClassifier(k, metric='cosine', algorithm='brute',
+                                     weights=lambda d: np.exp((1-d-1)/temp)).fit(train[0].double(), train[1])
     assert knn_accuracy(train, valid, k, temp, chunk)==pytest.approx(reference.score(valid[0].double(), valid[1]))
 
 @pytest.mark.parametrize('n_classes', [2,7])
@@ -113,7 +126,8 @@ def test_probe_is_sklearns(n_classes):
     torch.testing.assert_close(probe(valid[0]).softmax(1).double(), torch.tensor(scores).double(), atol=2e-3, rtol=0)
 
 def objective(probe, x, y, C=1.):
-    "What both solvers minimise, a mean over the images; weights of the standardised features, without the part that all classes share"
+    """What both solvers minimise, a mean over the images; weights of the standardised features, without the part that
+    all classes share"""
     w = probe.weight*x.std(0, correction=0)
     return (nn.functional.cross_entropy(probe(x), y)+(w-w.mean(0)).square().sum()/2/C/len(x)).item()
 
@@ -123,13 +137,15 @@ def test_sgd_finds_the_same_classifier(C):
     a,b = (linear_probe(train, valid, C=C, solver=o, bs=128) for o in ('sklearn','sgd'))
     assert objective(a, *train, C)-1e-6<=objective(b, *train, C)<1.005*objective(a, *train, C)
     assert abs(a.top1-b.top1)<=.01
-    assert torch.equal(linear_probe(train, valid, solver='sgd', epochs=2).weight, linear_probe(train, valid, solver='sgd', epochs=2).weight)
+    assert torch.equal(linear_probe(train, valid, solver='sgd', epochs=2).weight,
+                       linear_probe(train, valid, solver='sgd', epochs=2).weight)
 
 def test_probe_chooses_by_size(monkeypatch):
     import self_supervised_swav.evaluate as ev
     train,valid = clusters(n=60)
     used = []
-    for o in ('_fit_sgd','_fit_sklearn'): monkeypatch.setattr(ev, o, lambda *a, f=getattr(ev, o), o=o, **k: used.append(o) or f(*a, **k))
+    for o in ('_fit_sgd','_fit_sklearn'):
+        monkeypatch.setattr(ev, o, lambda *a, f=getattr(ev, o), o=o, **k: used.append(o) or f(*a, **k))
     linear_probe(train, valid)
     monkeypatch.setattr(ev, '_n_sklearn', 30*12-1)
     linear_probe(train, valid)
@@ -151,27 +167,34 @@ train,valid = clusters(n=60)
 nan = (train[0].clone().index_fill_(0, torch.tensor([3]), torch.nan),train[1])
 @pytest.mark.parametrize('f', [knn_accuracy,linear_probe])
 @pytest.mark.parametrize('args,err,match', [
-    (((train[0],None),valid), ValueError, 'train must have labels'), ((train,(valid[0],None)), ValueError, 'valid must have labels'),
-    (((train[0],torch.zeros(30).long()),valid), ValueError, 'train must have images of at least two classes, got class 0 alone'),
-    ((nan,valid), ValueError, 'features of train must be finite'), ((train,nan), ValueError, 'features of valid must be finite'),
-    ((train,(valid[0][:,:5],valid[1])), ValueError, 'same width, got 12 and 5'), ((train,(valid[0],valid[1][:5])), ValueError, 'one label for each'),
-    ((train[0],valid), TypeError, 'train must be'), (((train[0],train[1].float()),valid), TypeError, 'must be integers')])
+    (((train[0],None),valid), ValueError, 'train must have labels'),
+    ((train,(valid[0],None)), ValueError, 'valid must have labels'),
+    (((train[0],torch.zeros(30).long()),valid), ValueError, 'train must have images of at least two classes, got class '
+                                                            '0 alone'),
+    ((nan,valid), ValueError, 'features of train must be finite'),
+    ((train,nan), ValueError, 'features of valid must be finite'),
+    ((train,(valid[0][:,:5],valid[1])), ValueError, 'same width, got 12 and 5'),
+    ((train,(valid[0],valid[1][:5])), ValueError, 'one label for each'),
+    ((train[0],valid), TypeError, 'train must be'),
+    (((train[0],train[1].float()),valid), TypeError, 'must be integers')])
 def test_refused(f, args, err, match):
     with pytest.raises(err, match=match): f(*args)
 
 def test_refused_settings():
-    with pytest.raises(ValueError, match="k must be between 1 and the bank's 30 rows, got 31"): knn_accuracy(train, valid, k=31)
+    with pytest.raises(ValueError, match="k must be between 1 and the bank's 30 rows, got 31"):
+        knn_accuracy(train, valid, k=31)
     with pytest.raises(ValueError, match='C must be positive, got 0'): linear_probe(train, valid, C=0)
     with pytest.raises(ValueError, match="solver must be"): linear_probe(train, valid, solver='adam')
 
-# --- few labels ---------------------------------------------------------------------------------------------------------
+# --- few labels -------------------------------------------------------------------------------------------------------
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 8), st.integers(0, 5))
 def test_splits_of_tensors(n, seed):
     dls = digits(200, labelled=True, bs=64)
     a,b = (few_label_splits(dls, n_per_class=n, seed=seed) for _ in range(2))
     assert torch.equal(a.train_ds.x, b.train_ds.x) and (a.train_ds.y.bincount()==n).all()
-    assert a.valid is dls.valid and sum(len(o[1]) for o in a.train)>len(a.train_ds)-len(a.train) and len(dls.train_ds)==160
+    assert a.valid is dls.valid and sum(len(o[1]) for o in a.train)>len(a.train_ds)-len(a.train)
+    assert len(dls.train_ds)==160
     own = {o.numpy().tobytes() for o in dls.train_ds.x}
     assert all(o.numpy().tobytes() in own for o in a.train_ds.x)
     other = few_label_splits(dls, n_per_class=n, seed=seed+1)
@@ -187,29 +210,36 @@ def test_splits_of_files(files):
     assert len(few_label_splits(dls, fraction=.01).train_ds)==3 and len(few_label_splits(dls, fraction=1.).train_ds)==21
 
 @pytest.mark.parametrize('kw,match', [
-    (dict(n_per_class=50), 'n_per_class must be at most .*, the training images of class 0, got 50'), (dict(n_per_class=0), 'n_per_class must be a positive whole number, got 0'),
-    (dict(), 'one of n_per_class and fraction'), (dict(n_per_class=1, fraction=.1), 'one of n_per_class and fraction'), (dict(fraction=0.), 'fraction must be in'), (dict(fraction=1.5), 'fraction must be in')])
+    (dict(n_per_class=50), 'n_per_class must be at most .*, the training images of class 0, got 50'),
+    (dict(n_per_class=0), 'n_per_class must be a positive whole number, got 0'),
+    (dict(), 'one of n_per_class and fraction'), (dict(n_per_class=1, fraction=.1), 'one of n_per_class and fraction'),
+    (dict(fraction=0.), 'fraction must be in'), (dict(fraction=1.5), 'fraction must be in')])
 def test_splits_refuse(kw, match):
     with pytest.raises(ValueError, match=match): few_label_splits(digits(100, labelled=True), **kw)
 
 def test_splits_refuse_data():
-    with pytest.raises(ValueError, match='dls must have labels, got images alone'): few_label_splits(digits(100), n_per_class=1)
+    with pytest.raises(ValueError, match='dls must have labels, got images alone'):
+        few_label_splits(digits(100), n_per_class=1)
     dls = digits(100, labelled=True)
     dls.train_ds.y[:] = 4
-    with pytest.raises(ValueError, match=r'at least two classes, got class \[4\] alone'): few_label_splits(dls, n_per_class=1)
-    with pytest.raises(TypeError, match='got TensorDataset'): few_label_splits(DataLoaders(DataLoader(TensorDataset(torch.rand(4,1,8,8)))), n_per_class=1)
+    with pytest.raises(ValueError, match=r'at least two classes, got class \[4\] alone'):
+        few_label_splits(dls, n_per_class=1)
+    with pytest.raises(TypeError, match='got TensorDataset'):
+        few_label_splits(DataLoaders(DataLoader(TensorDataset(torch.rand(4,1,8,8)))), n_per_class=1)
 
-# --- fine-tuning ---------------------------------------------------------------------------------------------------------
+# --- fine-tuning ------------------------------------------------------------------------------------------------------
 def quiet(learn):
     learn.logger = lambda *_: None
     return learn
 
 def test_few_label_learner(files, tmp_path):
-    "fine_tune, fit_one_cycle, Interpretation and export on images of files; it learns what is easy; the encoder stays as it was"
+    """fine_tune, fit_one_cycle, Interpretation and export on images of files; it learns what is easy; the encoder
+    stays as it was"""
     dls,encoder = file_dls(files),Tiny(3)
     before = copy.deepcopy(encoder.state_dict())
     learn = quiet(few_label_learner(encoder, dls, stats=([.4]*3,[.3]*3), path=tmp_path))
-    assert len(learn.opt.param_lists)==2 and not learn.model.encoder[0].weight.requires_grad and learn.model.head[1].weight.requires_grad
+    assert len(learn.opt.param_lists)==2 and not learn.model.encoder[0].weight.requires_grad
+    assert learn.model.head[1].weight.requires_grad
     with learn.no_bar():
         learn.fine_tune(4, 3e-2, freeze_epochs=4)
         learn.fit_one_cycle(2, slice(1e-4,1e-3))
@@ -219,7 +249,8 @@ def test_few_label_learner(files, tmp_path):
         assert len(interp.top_losses(3, items=True)[2])==3
         interp.plot_top_losses(2)
         for k,v in encoder.state_dict().items(): assert torch.equal(v, before[k])
-        assert sum(isinstance(f, Normalize) for f in learn.dls.valid.after_batch.fs)==1 and not any(isinstance(f, Normalize) for f in dls.train.after_batch.fs)
+        assert sum(isinstance(f, Normalize) for f in learn.dls.valid.after_batch.fs)==1
+        assert not any(isinstance(f, Normalize) for f in dls.train.after_batch.fs)
         learn.export('few.pkl')
         again = load_learner(tmp_path/'few.pkl')
         item = dls.valid_ds.items[0]
@@ -231,11 +262,14 @@ def test_takes_normalisation_from_swav():
     pipes = get_swav_aug_pipelines((2,1), (16,10), (.4,.1), (1.,.4), stats=([.3],[.2]))
     pre = small_learner(n=100, labelled=True, augs=pipes)
     learn = quiet(few_label_learner(pre, pre.dls, pretrained=False))
-    torch.testing.assert_close(learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor), MultiCrop(pipes).normalize(pre.dls.valid.one_batch()[0]))
-    torch.testing.assert_close(extract_features(learn, learn.dls.valid, progress=False)[0], extract_features(pre, pre.dls.valid, progress=False)[0])
+    torch.testing.assert_close(learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor),
+                               MultiCrop(pipes).normalize(pre.dls.valid.one_batch()[0]))
+    torch.testing.assert_close(extract_features(learn, learn.dls.valid, progress=False)[0],
+                               extract_features(pre, pre.dls.valid, progress=False)[0])
     assert all(p.requires_grad for p in learn.model.parameters()) and isinstance(learn.model, EncoderWithHead)
     learn.fit(1)
-    assert few_label_learner(small_learner(n=100, labelled=True), pre.dls).dls is pre.dls  # without statistics nothing is added
+    # without statistics nothing is added
+    assert few_label_learner(small_learner(n=100, labelled=True), pre.dls).dls is pre.dls
 
 def test_interpretation_of_tensors():
     learn = quiet(few_label_learner(Tiny(), digits(100, labelled=True)))
@@ -245,9 +279,10 @@ def test_interpretation_of_tensors():
 
 def test_learner_refuses():
     with pytest.raises(ValueError, match='dls must have labels'): few_label_learner(Tiny(), digits(100))
-    with pytest.raises(ValueError, match='n_out must be'): few_label_learner(Tiny(), digits(100, labelled=True), n_out=1)
+    with pytest.raises(ValueError, match='n_out must be'):
+        few_label_learner(Tiny(), digits(100, labelled=True), n_out=1)
 
-# --- during the pretraining --------------------------------------------------------------------------------------------------
+# --- during the pretraining -------------------------------------------------------------------------------------------
 def test_knn_metric():
     "In the table, equal to the measure afterwards; weights are those of a run without it"
     runs,labelled = [],digits(120, labelled=True, seed=1)
@@ -256,7 +291,8 @@ def test_knn_metric():
         learn.fit(2)
         runs.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
     assert torch.equal(*runs)
-    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','knn_accuracy','time'] and len(learn.metrics)==0
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','knn_accuracy','time']
+    assert len(learn.metrics)==0
     pair = [extract_features(learn, o, progress=False) for o in (labelled.train,labelled.valid)]
     assert learn.recorder.values[-1][-1]==pytest.approx(knn_accuracy(*pair, k=5))
 
@@ -266,7 +302,8 @@ def test_knn_metric_of_the_learners_own_labels():
     assert 0<=learn.recorder.values[0][-1]<=1
     learn.validate()
 
-@pytest.mark.parametrize('dls,k,match', [(None,5,'dls.train must have labels'), ('few',500,'k must be between 1 and the 80 labelled training images, got 500')])
+@pytest.mark.parametrize('dls,k,match', [(None,5,'dls.train must have labels'), ('few',500,'k must be between 1 and '
+    'the 80 labelled training images, got 500')])
 def test_knn_metric_refuses_before_training(dls, k, match):
     learn = small_learner(n=100, cbs=[KNNMetric(dls and digits(100, labelled=True), k=k)])
     with pytest.raises(ValueError, match=match): learn.fit(1)

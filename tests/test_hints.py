@@ -6,15 +6,18 @@ import self_supervised_swav
 not_read = ('all', 'args')  # in `args` a hint says what the text of a command line becomes
 
 def compiled_modules():
-    names = (o.name for o in pkgutil.iter_modules(self_supervised_swav.__path__) if o.name not in not_read and o.name[0]!='_')
+    names = (o.name for o in pkgutil.iter_modules(self_supervised_swav.__path__) if o.name not in not_read
+             and o.name[0]!='_')
     return (importlib.import_module(f'self_supervised_swav.{o}') for o in names)
 
-functions = {k: getattr(mod, k) for mod in compiled_modules() for k in getattr(mod, '__all__', ()) if callable(getattr(mod, k, None))}
+functions = {k: getattr(mod, k) for mod in compiled_modules()
+             for k in getattr(mod, '__all__', ()) if callable(getattr(mod, k, None))}
 
 def admits(hint, value):
     "Is `value` one of `hint`, as far as a class can tell?"
     if hint in (typing.Any, inspect.Parameter.empty): return True
-    if typing.get_origin(hint) in (typing.Union, types.UnionType): return any(admits(o, value) for o in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(admits(o, value) for o in typing.get_args(hint))
     if hint is None or hint is type(None): return value is None
     hint = typing.get_origin(hint) or hint
     if hint is float: hint = (int,float)
@@ -35,5 +38,6 @@ def test_something_is_found(): assert {'SWAV','sinkhorn','swav_dls','create_enco
 def test_defaults_are_of_their_types(name): assert wrong_defaults(functions[name])==[]
 
 def test_checker():
-    def f(a:int=None, b:int|None=None, c:float=1, d:str|list='x', e:tuple=[], g=None, h:list[int]=(), i:typing.Callable=len): pass
+    def f(a:int=None, b:int|None=None, c:float=1, d:str|list='x', e:tuple=[], g=None, h:list[int]=(),
+          i:typing.Callable=len): pass
     assert [o.split(':')[0] for o in wrong_defaults(f)]==['a','e','h']

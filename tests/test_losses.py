@@ -17,13 +17,16 @@ def loss_and_grad(f, scores):
     loss.backward()
     return loss.detach(),s.grad
 
-@given(V=st.integers(2, 6), B=st.integers(1, 9), K=st.integers(1, 20), temp=st.floats(.01, 2), bounded=st.booleans(), data=st.data())
+@given(V=st.integers(2, 6), B=st.integers(1, 9), K=st.integers(1, 20), temp=st.floats(.01, 2), bounded=st.booleans(),
+       data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_equals_pairs(V, B, K, temp, bounded, data):
     ids = data.draw(st.lists(st.integers(0, V-1), min_size=1, max_size=V, unique=True))
-    scores,codes = torch.randn(V, B, K, dtype=torch.double),torch.rand(len(ids), B, K, dtype=torch.double)  # rows need not sum to 1
+    # rows need not sum to 1
+    scores,codes = torch.randn(V, B, K, dtype=torch.double),torch.rand(len(ids), B, K, dtype=torch.double)
     bound = scores.abs().max().item() if bounded else None
-    for a,b in zip(loss_and_grad(lambda s: swapped_loss(s, codes, ids, temp, bound), scores), loss_and_grad(lambda s: by_pairs(s, codes, ids, temp), scores)):
+    for a,b in zip(loss_and_grad(lambda s: swapped_loss(s, codes, ids, temp, bound), scores),
+                   loss_and_grad(lambda s: by_pairs(s, codes, ids, temp), scores)):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 @pytest.mark.parametrize('V,ids', [(2,[0,1]),(2,[1]),(3,[2]),(4,[3,0]),(3,[0,1,2])])
@@ -42,7 +45,9 @@ def test_equals_lightly(n_queue):
     def ours(s):
         codes = torch.stack([sinkhorn(torch.cat([s[i].detach(), queue[i]]))[:B] for i in (0,1)])
         return swapped_loss(s, codes, (0,1), .1)
-    for a,b in zip(loss_and_grad(ours, scores), loss_and_grad(theirs, scores)): torch.testing.assert_close(a, b.view_as(a), atol=rounding(torch.float32, K+20, 1/.1), rtol=0)  # scores/temp up to 10, sums of K terms
+    # scores/temp up to 10, sums of K terms
+    for a,b in zip(loss_and_grad(ours, scores), loss_and_grad(theirs, scores)):
+        torch.testing.assert_close(a, b.view_as(a), atol=rounding(torch.float32, K+20, 1/.1), rtol=0)
 
 def test_retained_graph_and_second_derivative():
     scores,codes = torch.randn(4, 10, 6),torch.rand(2, 10, 6).softmax(-1)
@@ -65,7 +70,8 @@ def test_bound_is_as_exact(temp):
     for bound in (None,1.):
         got = loss_and_grad(lambda s: swapped_loss(s, codes, (0,1), temp, bound), scores)
         # exponents up to 1/temp are known to a few of their roundings, and there are sums of 300 terms
-        for a,b in zip(got, want): torch.testing.assert_close(a.double(), b, atol=1e-7, rtol=rounding(torch.float32, int(300+4/temp+20)))
+        for a,b in zip(got, want):
+            torch.testing.assert_close(a.double(), b, atol=1e-7, rtol=rounding(torch.float32, int(300+4/temp+20)))
 
 def test_float32_from_half_and_no_gradient_to_codes():
     scores,codes = torch.randn(3, 4, 5),torch.rand(2, 4, 5, requires_grad=True)
@@ -76,8 +82,10 @@ def test_float32_from_half_and_no_gradient_to_codes():
     assert s.grad.dtype==torch.float16 and codes.grad is None
     assert swapped_loss(torch.full((2,1,3), 1e4), torch.rand(2,1,3), (0,1), temp=.01).isfinite()
 
-@pytest.mark.parametrize('kw,text', [(dict(temp=0), 'temp must be positive, got 0'), (dict(assign_ids=[0,0]), 'different'), (dict(assign_ids=[0,5]), 'indices'),
-                                     (dict(assign_ids=[]), 'indices'), (dict(bound=0), 'bound must be positive, got 0'), (dict(assign_ids=[0]), 'codes must have the shape')])
+@pytest.mark.parametrize('kw,text', [(dict(temp=0), 'temp must be positive, got 0'),
+                                     (dict(assign_ids=[0,0]), 'different'), (dict(assign_ids=[0,5]), 'indices'),
+                                     (dict(assign_ids=[]), 'indices'), (dict(bound=0), 'bound must be positive, got 0'),
+                                     (dict(assign_ids=[0]), 'codes must have the shape')])
 def test_errors(kw, text):
     kw = dict(scores=torch.zeros(3,2,4), codes=torch.ones(2,2,4), assign_ids=[0,1])|kw
     with pytest.raises(ValueError, match=text): swapped_loss(**kw)

@@ -35,12 +35,17 @@ class Inside(nn.Module):
 
 class Small(nn.Sequential):
     "A convolution and a linear layer: float16 is slow on most CPUs"
-    def __init__(self): super().__init__(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 16))
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                         nn.Linear(32, 16))
 
-def resnet(): return create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, layers=(1,1,1,1), channels=(16,32,32,64))
+def resnet():
+    return create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, layers=(1,1,1,1),
+                          channels=(16,32,32,64))
 
 def train(cb=None, n_epoch=10, encoder=None):
-    "Not too small a model: in one of 16 channels rounding decides what is learned first, and a smoothed loss may part by 0.8 %; in this by 0.25 %"
+    """Not too small a model: in one of 16 channels rounding decides what is learned first, and a smoothed loss may
+    part by 0.8 %; in this by 0.25 %"""
     seed_all()
     model = create_swav_model(encoder or small_encoder(), hidden_size=64, projection_size=32, n_protos=20)
     learn = Learner(digits(400, bs=64), model, cbs=[SWAV(small_augs(), K=64, queue_start_pct=.3), Watch()])
@@ -52,7 +57,8 @@ def train(cb=None, n_epoch=10, encoder=None):
     learn.fit(n_epoch, 1e-3)
     return learn
 
-@pytest.mark.parametrize('mode,dtype,kwargs', [('bf16',torch.bfloat16,{}),('fp16',torch.float16,dict(init_scale=1024.))])
+@pytest.mark.parametrize('mode,dtype,kwargs',
+                         [('bf16',torch.bfloat16,{}),('fp16',torch.float16,dict(init_scale=1024.))])
 def test_loss_is_float32s(mode, dtype, kwargs):
     "50 steps, the loss at each within 1 % of that in float32"
     encoder = (lambda: (seed_all(), Small())[1]) if mode=='fp16' else (lambda: (seed_all(), resnet())[1])
@@ -65,25 +71,29 @@ def test_loss_is_float32s(mode, dtype, kwargs):
 
 def test_methods_come_and_go():
     learn = small_learner()
-    assert learn.to_bf16(force=True) is learn and learn.mixed_precision.amp_mode==AMPMode.BF16 and learn.mixed_precision.force
+    assert learn.to_bf16(force=True) is learn and learn.mixed_precision.amp_mode==AMPMode.BF16
+    assert learn.mixed_precision.force
     learn.to_fp32()
     assert not hasattr(learn, 'mixed_precision') and not any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
     learn.model.encoder = Small()
     learn.to_fp16(force=True, init_scale=8.)
     learn.fit(1)
-    assert learn.mixed_precision.kwargs['init_scale']==8. and np.isfinite([float(o) for o in learn.recorder.losses]).all()
+    assert learn.mixed_precision.kwargs['init_scale']==8.
+    assert np.isfinite([float(o) for o in learn.recorder.losses]).all()
     assert 'forward' not in vars(learn.model)
 
 def test_without_the_hardware_nothing_changes(monkeypatch):
     ref = train(n_epoch=1)
     monkeypatch.setattr(precision, 'is_fast', lambda *_: False)
-    with pytest.warns(UserWarning, match='stays in float32.*no hardware for torch.bfloat16'): learn = train(DeviceMixedPrecision('bf16'), n_epoch=1)
+    with pytest.warns(UserWarning, match='stays in float32.*no hardware for torch.bfloat16'):
+        learn = train(DeviceMixedPrecision('bf16'), n_epoch=1)
     assert [float(o) for o in learn.recorder.losses]==[float(o) for o in ref.recorder.losses]
     assert learn.model.encoder.types=={torch.float32}
 
 def test_the_machine_is_asked(monkeypatch):
     for flag in ('_is_amx_tile_supported','_is_avx512_bf16_supported'):
-        for f in ('_is_amx_tile_supported','_is_avx512_bf16_supported'): monkeypatch.setattr(torch.cpu, f, lambda f=f: f==flag, raising=False)
+        for f in ('_is_amx_tile_supported','_is_avx512_bf16_supported'):
+            monkeypatch.setattr(torch.cpu, f, lambda f=f: f==flag, raising=False)
         assert is_fast(torch.bfloat16)
         monkeypatch.setattr(torch.cpu, flag, lambda: False)
         assert not is_fast(torch.bfloat16)
@@ -108,9 +118,10 @@ def test_autocast_is_off_after_an_error(exc):
 
 def test_errors():
     with pytest.raises(ValueError): DeviceMixedPrecision('int8')
-    with pytest.raises(ValueError, match='dtype must be torch.bfloat16 or torch.float16, got torch.int8'): is_fast(torch.int8)
+    with pytest.raises(ValueError, match='dtype must be torch.bfloat16 or torch.float16, got torch.int8'):
+        is_fast(torch.int8)
 
-# --- accumulation -------------------------------------------------------------------------------------------------------------
+# --- accumulation -----------------------------------------------------------------------------------------------------
 class Gradients(Callback):
     "Gradients at each step, with codes that do not depend on how images are batched"
     order = 9
@@ -141,7 +152,8 @@ def test_accumulated_gradient_is_the_larger_batchs(precision):
     large = gradients(40)
     small = gradients(8, acc=40, precision=amp)
     assert large.steps==[0,1] and small.steps==[4,9]
-    for a,b in zip(large.grads, small.grads): torch.testing.assert_close(b, a, atol=(5e-3 if precision else 1e-5)*a.abs().max().item(), rtol=0)
+    for a,b in zip(large.grads, small.grads):
+        torch.testing.assert_close(b, a, atol=(5e-3 if precision else 1e-5)*a.abs().max().item(), rtol=0)
 
 def test_codes_are_of_the_small_batch():
     "What accumulation cannot do: codes share prototypes within a small batch, and the queue is the remedy"
@@ -156,18 +168,22 @@ def test_codes_are_of_the_small_batch():
 @pytest.mark.slow
 @pytest.mark.skipif(not is_fast(torch.bfloat16, 'cpu'), reason='needs a CPU with bfloat16 units')
 def test_knn_is_float32s():
-    "What is learnt in bfloat16 is worth as much: 20-NN accuracy on held-out digits, 4 seeds, within the noise between seeds"
+    """What is learnt in bfloat16 is worth as much: 20-NN accuracy on held-out digits, 4 seeds, within the noise
+    between seeds"""
     accs = {}
     for bf16 in (False,True):
         for seed in range(4):
             seed_all(seed)
             dls = digits_dls(size=16, bs=64, valid_pct=.3, seed=0, device='cpu')
-            learn = swav_learner(dls, 'resnet18', encoder=dict(layers=(1,1,1,1), channels=(16,32,64,128)), flip_p=0., n_classes=10, bf16=bf16)
+            learn = swav_learner(dls, 'resnet18', encoder=dict(layers=(1,1,1,1), channels=(16,32,64,128)), flip_p=0.,
+                                 n_classes=10, bf16=bf16)
             learn.remove_cb(learn.progress)
             learn.logger = lambda *_: None
             learn.fit_one_cycle(12)
             assert hasattr(learn, 'mixed_precision')==bf16 or hasattr(learn, 'device_mixed_precision')==bf16
-            accs.setdefault(bf16, []).append(knn_accuracy(*(extract_features(learn.model.encoder, dl, progress=False) for dl in dls)))
+            accs.setdefault(bf16,
+                            []).append(knn_accuracy(*(extract_features(learn.model.encoder, dl, progress=False)
+                                                      for dl in dls)))
     a,b = (torch.tensor(accs[o]) for o in (False,True))
     noise = (a.var()/len(a)+b.var()/len(b)).sqrt()
     print(f'float32 {a.mean():.4f} ± {a.std():.4f}, bfloat16 {b.mean():.4f} ± {b.std():.4f}: {accs}')

@@ -116,7 +116,9 @@ def test_float32_under_autocast(dtype):
     with torch.autocast('cpu', dtype=dtype): embedding, output = model(xs)
     assert seen[0].dtype == dtype and embedding.dtype == output.dtype == torch.float32
     torch.testing.assert_close(embedding, F.normalize(seen[0].float(), dim=1), rtol=0, atol=0)
-    torch.testing.assert_close(output, embedding @ model.prototypes.weight.T, rtol=0, atol=rounding(torch.float32, embedding.shape[1]))  # products of unit vectors
+    # products of unit vectors
+    torch.testing.assert_close(output, embedding @ model.prototypes.weight.T, rtol=0,
+                               atol=rounding(torch.float32, embedding.shape[1]))
     assert not torch.is_autocast_enabled('cpu')
 
 def test_half_precision_model():
@@ -176,7 +178,8 @@ def test_a_step_off_the_sphere_is_undone():
     opt.step()
     moved = protos.weight.detach().clone()
     assert (moved.norm(dim=1)-1).abs().max() > 1e-5
-    torch.testing.assert_close(protos.normalize_().weight.detach(), F.normalize(moved, dim=1), rtol=0, atol=rounding(torch.float32, 16+4))
+    torch.testing.assert_close(protos.normalize_().weight.detach(), F.normalize(moved, dim=1), rtol=0,
+                               atol=rounding(torch.float32, 16+4))
 
 def test_state_dict():
     "Rows are normalised when loaded, unit rows come back bit for bit, the dict stays as it was"
@@ -187,7 +190,8 @@ def test_state_dict():
     state['prototypes.weight'] *= 3
     kept = state['prototypes.weight'].clone()
     twin.load_state_dict(state)
-    torch.testing.assert_close(twin.prototypes.weight, model.prototypes.weight, rtol=0, atol=rounding(torch.float32, model.prototypes.weight.shape[1]+4))
+    torch.testing.assert_close(twin.prototypes.weight, model.prototypes.weight, rtol=0,
+                               atol=rounding(torch.float32, model.prototypes.weight.shape[1]+4))
     assert torch.equal(state['prototypes.weight'], kept)
     with pytest.raises(RuntimeError, match='size mismatch'): small_model(n_protos=40).load_state_dict(state)
 

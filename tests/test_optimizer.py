@@ -32,7 +32,8 @@ class SGDInLARC:
 def some_params(seed=0):
     g = torch.Generator().manual_seed(seed)
     ps = [nn.Parameter(torch.randn(*s, generator=g)) for s in ((8, 3, 3, 3), (16, 8), (16,))]
-    return ps + [nn.Parameter(torch.zeros(5)), nn.Parameter(1e-6*torch.randn(4, generator=g)), nn.Parameter(torch.randn(3, generator=g))]
+    return ps + [nn.Parameter(torch.zeros(5)), nn.Parameter(1e-6*torch.randn(4, generator=g)),
+                 nn.Parameter(torch.randn(3, generator=g))]
 
 
 @pytest.mark.parametrize('wd', [0., 1e-6, 0.1])
@@ -93,7 +94,8 @@ def test_fits_take_the_steps_of_the_rule(fit):
             g = (g + 1e-6*p) * (1e-3*w / (n + 1e-6*w + 1e-8) if w > 0 and n > 0 else 1.)
             moms[i] = g if moms[i] is None else m*moms[i] + g
             ref[i] = p - lr*moms[i]
-    assert len(steps) == 12 and len({lr for lr,*_ in steps}) == {'fit': 1, 'fit_flat_cos': 3, 'fit_sgdr': 9}.get(fit, 12)
+    assert len(steps) == 12
+    assert len({lr for lr,*_ in steps}) == {'fit': 1, 'fit_flat_cos': 3, 'fit_sgdr': 9}.get(fit, 12)
     assert len({m for _,m,_ in steps}) == (12 if fit == 'fit_one_cycle' else 1)
     for p,q in zip(learn.model.parameters(), ref): torch.testing.assert_close(p.data, q, rtol=1e-5, atol=1e-6)
 
@@ -101,7 +103,8 @@ def test_fits_take_the_steps_of_the_rule(fit):
 def test_hypers_have_fastai_names_and_defaults():
     learn = learner(splitter=halves); learn.create_opt()
     for h in learn.opt.hypers:
-        assert (h['lr'], h['mom'], h['wd'], h['trust_coeff'], h['trust_clip'], h['nesterov']) == (0.6, 0.9, 1e-6, 1e-3, False, False)
+        assert (h['lr'], h['mom'], h['wd'], h['trust_coeff'], h['trust_clip'],
+                h['nesterov']) == (0.6, 0.9, 1e-6, 1e-3, False, False)
     learn.opt.set_hyper('lr', slice(0.1, 1.)); learn.opt.set_hyper('wd', [0., 1e-4]); learn.opt.set_hyper('mom', 0.5)
     assert [(h['lr'], h['wd'], h['mom']) for h in learn.opt.hypers] == [(0.1, 0., 0.5), (pytest.approx(1.), 1e-4, 0.5)]
     assert [g['weight_decay'] for g in learn.opt.opt.param_groups] == [0., 1e-4]
@@ -138,7 +141,8 @@ def test_save_and_load_continue_with_the_momentum(tmp_path):
     other.load('lars', with_opt=True)
     assert file.exists() and len(other.opt.opt.state) == len(list(net().parameters()))
     for p,q in zip(learn.model.parameters(), other.model.parameters()):
-        assert torch.equal(p, q) and torch.equal(learn.opt.opt.state[p]['momentum_buffer'], other.opt.opt.state[q]['momentum_buffer'])
+        assert torch.equal(p, q)
+        assert torch.equal(learn.opt.opt.state[p]['momentum_buffer'], other.opt.opt.state[q]['momentum_buffer'])
     assert pickle.loads(pickle.dumps(partial(lars, lr=2.))).keywords == {'lr': 2.}   # `learn.export` pickles it
 
 
@@ -151,11 +155,13 @@ def official_schedule(n_iter, epochs, base, final, warmup, start):
     return np.concatenate((warm, [final + 0.5*(base-final)*(1+math.cos(math.pi*t/T)) for t in range(T)]))
 
 @pytest.mark.parametrize('n_iter,epochs,base,final,warmup,start', [
-    (7, 9, 0.6, 0.0006, 0, 0.), (7, 9, 4.8, 0.0048, 3, 0.3), (13, 6, 1., 0., 6, 0.), (1, 40, 4.8, 0.0048, 10, 0.3), (3, 1, 1., 0., 0, 0.5)])
+    (7, 9, 0.6, 0.0006, 0, 0.), (7, 9, 4.8, 0.0048, 3, 0.3), (13, 6, 1., 0., 6, 0.), (1, 40, 4.8, 0.0048, 10, 0.3),
+    (3, 1, 1., 0., 0, 0.5)])
 def test_every_step_is_the_official_one(n_iter, epochs, base, final, warmup, start):
     learn = learner(n_train=n_iter)
     learn.fit_warmup_cos(epochs, lr=base, warmup=warmup, start_lr=start, final_lr=final)
-    np.testing.assert_allclose(learn.recorder.lrs, official_schedule(n_iter, epochs, base, final, warmup, start), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(learn.recorder.lrs, official_schedule(n_iter, epochs, base, final, warmup, start),
+                               rtol=0, atol=1e-12)
     assert learn.recorder.hps['lr'] == learn.recorder.lrs
 
 @pytest.mark.parametrize('bs', [256, 4096])
@@ -163,7 +169,8 @@ def test_recipe_schedule_at_full_length(bs):
     fit = paper_recipe(bs)['fit']
     n_iter = 1_281_167//bs//8                  # an eighth of ImageNet: 150,000 steps
     ours = warmup_cos(n_iter*fit['n_epoch'], n_iter*fit['warmup'], fit['lr'], fit['start_lr'], fit['final_lr'])
-    np.testing.assert_allclose(ours, official_schedule(n_iter, fit['n_epoch'], fit['lr'], fit['final_lr'], fit['warmup'], fit['start_lr']),
+    np.testing.assert_allclose(ours, official_schedule(n_iter, fit['n_epoch'], fit['lr'], fit['final_lr'],
+                                                       fit['warmup'], fit['start_lr']),
                                rtol=0, atol=1e-12)
 
 def test_steps_survive_the_rounding_of_pct_train():

@@ -1,4 +1,5 @@
-"A hundred steps of this engine against a plain PyTorch loop that follows the paper's Algorithm 1 and its training script"
+"""A hundred steps of this engine against a plain PyTorch loop that follows the paper's Algorithm 1 and its training
+script"""
 import math
 from functools import partial
 
@@ -19,7 +20,8 @@ bs,n_batches,n_epochs = 8,5,20                                        # 100 step
 warmup,start_lr,lr,final_lr,wd,mom,trust = 4,0.3,4.8,0.0048,1e-6,0.9,1e-3
 temp,eps,n_iters,n_protos,K = 0.1,0.05,3,12,24
 frozen_steps,queue_step = 15,50
-boxes = [(0, 0, 12), (3, 4, 12), (0, 8, 8), (5, 5, 8), (8, 0, 8)]     # top, left, size: two large crops, three small ones
+# top, left, size: two large crops, three small ones
+boxes = [(0, 0, 12), (3, 4, 12), (0, 8, 8), (5, 5, 8), (8, 0, 8)]
 
 class Cut(Transform):
     def __init__(self, top, left, size): self.at = ...,slice(top, top+size),slice(left, left+size)
@@ -32,7 +34,8 @@ class Watch(Callback):
 
 def fixed():
     torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(),
+    encoder = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                            nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(),
                             nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = create_swav_model(encoder, hidden_size=16, projection_size=8, n_protos=n_protos)
     return model,F.avg_pool2d(torch.rand(bs*n_batches, 1, 32, 32), 2)
@@ -52,7 +55,8 @@ def plain_loop(model, images, frozen_steps=frozen_steps, queue_step=queue_step, 
     params = [*encoder.parameters(), *projector.parameters(), C]
     velocity,queue,seen = {},torch.zeros(2, 0, 8),[]
     T,W = n_batches*(n_epochs-warmup),n_batches*warmup
-    rates = np.concatenate([np.linspace(start_lr, lr, W), [final_lr+0.5*(lr-final_lr)*(1+math.cos(math.pi*t/T)) for t in range(T)]])
+    rates = np.concatenate([np.linspace(start_lr, lr, W),
+                            [final_lr+0.5*(lr-final_lr)*(1+math.cos(math.pi*t/T)) for t in range(T)]])
     model.train()
     for step,rate in enumerate(rates):
         x = images.split(bs)[step%n_batches]
@@ -86,9 +90,11 @@ def engine():
     "Losses and learning rates of the engine's 100 steps"
     model,images = fixed()
     dls = DataLoaders(*[TfmdDL([(o,) for o in images], bs=bs, shuffle=False, num_workers=0) for _ in range(2)])
-    swav,watch = SWAV([Pipeline([Cut(*b)], split_idx=0) for b in boxes], K=K, queue_start_pct=queue_step/100, freeze_protos_pct=frozen_steps/100,
+    swav,watch = SWAV([Pipeline([Cut(*b)], split_idx=0) for b in boxes], K=K, queue_start_pct=queue_step/100,
+                      freeze_protos_pct=frozen_steps/100,
                 temp=temp, eps=eps, n_sinkh_iter=n_iters),Watch()
-    learn = Learner(dls, model, lambda *_: None, cbs=[swav, watch], opt_func=partial(lars, mom=mom, wd=wd, trust_coeff=trust))
+    learn = Learner(dls, model, lambda *_: None, cbs=[swav, watch],
+                    opt_func=partial(lars, mom=mom, wd=wd, trust_coeff=trust))
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
     learn.fit_warmup_cos(n_epochs, lr, warmup=warmup, start_lr=start_lr, final_lr=final_lr)
     return watch.seen
@@ -98,9 +104,11 @@ def test_every_step(engine):
     assert len(engine) == len(want) == 100
     np.testing.assert_allclose(engine, want, rtol=0, atol=1e-4)
     losses = np.array(engine)[:, 0]
-    assert losses[-5:].mean() < losses[:5].mean()-0.1                # something was learnt, so the agreement means something
+    # something was learnt, so the agreement means something
+    assert losses[-5:].mean() < losses[:5].mean()-0.1
 
-@pytest.mark.parametrize('change,first', [(dict(frozen_steps=0), 1), (dict(frozen_steps=16), 16), (dict(queue_step=100), 50), (dict(queue_step=51), 50),
+@pytest.mark.parametrize('change,first', [(dict(frozen_steps=0), 1), (dict(frozen_steps=16), 16),
+                                          (dict(queue_step=100), 50), (dict(queue_step=51), 50),
     (dict(warmup=3), 2)], ids=['never_frozen','frozen_a_step_longer','no_queue','queue_a_step_later','other_warmup'])
 def test_every_part_counts(engine, change, first):
     "Leave a part out of the loop, and the losses part at the very step where it begins"

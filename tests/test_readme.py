@@ -1,4 +1,5 @@
-"README as it stands: its Python runs, its commands exist and take those options, its links lead somewhere, its figures are the benchmarks'"
+"""README as it stands: its Python runs, its commands exist and take those options, its links lead somewhere, its
+figures are the benchmarks'"""
 import json, os, re, shlex, subprocess, sys
 from pathlib import Path
 import pytest, yaml
@@ -18,23 +19,30 @@ for i, source in enumerate(json.load(open(sys.argv[1]))):
     *body, last = ast.parse(source).body
     exec(compile(ast.Module(body, []), 'README.md', 'exec'), names)
     if not isinstance(last, ast.Expr): exec(compile(ast.Module([last], []), 'README.md', 'exec'), names)
-    elif (value := eval(compile(ast.Expression(last.value), 'README.md', 'eval'), names)) is not None: print(repr(value))
+    else:
+        value = eval(compile(ast.Expression(last.value), 'README.md', 'eval'), names)
+        if value is not None: print(repr(value))
 '''
 
 def test_has_blocks_of_each_kind(): assert {'python', 'sh', ''} <= {lang for lang, _ in blocks}
 
 def test_python_runs(tmp_path):
-    "In an empty folder; a value shown below a block is the value that it gives, a table of a training has the same columns"
+    """In an empty folder; a value shown below a block is the value that it gives, a table of a training has the same
+    columns"""
     sources = [b for lang, b in blocks if lang == 'python']
     (tmp_path/'blocks.json').write_text(json.dumps(sources))
     env = {**os.environ, 'PYTHONPATH': str(root), 'MPLBACKEND': 'agg'}
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', reader, 'blocks.json'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', reader, 'blocks.json'], cwd=tmp_path, env=env,
+                         capture_output=True, text=True)
     assert res.returncode == 0, res.stderr[-3000:]
     said = re.split(r'^\[\d+\]\n', res.stdout, flags=re.M)[1:]
-    shown = [blocks[i+1][1] if blocks[i+1:] and not blocks[i+1][0] else None for i, (lang, _) in enumerate(blocks) if lang == 'python']
+    shown = [blocks[i+1][1] if blocks[i+1:] and not blocks[i+1][0] else None
+             for i, (lang, _) in enumerate(blocks) if lang == 'python']
     assert len(said) == len(shown) == len(sources) and any(shown)
     for got, want in zip(said, shown):
-        if want and want.startswith('epoch'): assert want.split('\n')[0].split() == next(l for l in got.split('\n') if 'epoch ' in l).strip('\r█ ').split()
+        if want and want.startswith('epoch'):
+            assert want.split('\n')[0].split() == next(l
+                                                       for l in got.split('\n') if 'epoch ' in l).strip('\r█ ').split()
         elif want: assert got.strip() == want.strip()
 
 lines = [l for lang, b in blocks if lang == 'sh' for l in b.splitlines() if l.strip()]
@@ -81,4 +89,5 @@ def test_citation():
     assert {'cff-version', 'message', 'title', 'authors'} <= set(cff) and cff['title'] == 'self_supervised_swav'
     assert str(cff['version']) == self_supervised_swav.__version__
     paper = cff['preferred-citation']
-    assert all(o['family-names'] in text for o in paper['authors']) and paper['title'] in text and paper['url'].rsplit('/', 1)[1] in text
+    assert all(o['family-names'] in text for o in paper['authors']) and paper['title'] in text
+    assert paper['url'].rsplit('/', 1)[1] in text

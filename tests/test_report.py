@@ -246,7 +246,8 @@ def test_report_in_a_browser(trained, tmp_path, width):
     measure = ("const d=f.contentDocument,w=f.contentWindow.innerWidth,t=d.querySelector('[aria-label=Epochs]');"
                "document.title=[w,d.documentElement.scrollWidth,"
                "[...d.images].filter(o=>o.naturalWidth>0&&o.getBoundingClientRect().right<=w).length,"
-               "t.scrollWidth>t.clientWidth,getComputedStyle(t).overflowX,t.tabIndex,getComputedStyle(t).backgroundImage.split('linear-gradient').length-1].join('|')")
+               "t.scrollWidth>t.clientWidth,getComputedStyle(t).overflowX,t.tabIndex,"
+               "getComputedStyle(t).backgroundImage.split('linear-gradient').length-1].join('|')")
     path = trained.pretrain_report(tmp_path/'report.html')
     window,page,n_pictures,wider,overflow,tab,shadows = opened(path, tmp_path, measure, width)
     assert int(window)==width and int(page)<=width and n_pictures=='6'

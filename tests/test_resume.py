@@ -269,7 +269,8 @@ def make_swav(path, seed=0, every=2, extend=False):
     "SwAV on digits: random crops, a queue in use from the middle of the second epoch, prototypes frozen for the first"
     seed_all(seed)
     return small_learner(seed=seed, dls=digits(100, bs=16), n_protos=12,
-                         K=20, queue_start_pct=0.5, freeze_protos_pct=1/3, cbs=[ResumeTraining(path, every=every, extend=extend)],
+                         K=20, queue_start_pct=0.5, freeze_protos_pct=1/3,
+                         cbs=[ResumeTraining(path, every=every, extend=extend)],
                          learner=dict(path=Path(path).parent, opt_func=lars, lr=0.6))
 
 @pytest.mark.parametrize('every,cuts', [(1, [4, 6, 2]), (None, [8, 13])])

@@ -9,7 +9,8 @@ from fastai.vision.all import (
     MixedPrecision, Normalize, PILImage, Pipeline, SaveModelCallback, ShortEpochCallback, ShowGraphCallback,
     get_image_files, load_learner, noop, tuplify)
 from torch import nn
-from helpers import digits, method_cases, method_learner, needs_pretended_gpu, rounding, small_augs, small_encoder, small_learner
+from helpers import (digits, method_cases, method_learner, needs_pretended_gpu, rounding, small_augs, small_encoder,
+                     small_learner)
 from self_supervised_swav.learner import setting_groups
 from self_supervised_swav.models import Prototypes, SwAVModel, create_mlp_module, create_swav_model, in_eval
 from self_supervised_swav.multiview import method_of, methods

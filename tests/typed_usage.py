@@ -25,7 +25,8 @@ def parts() -> Learner:
     model:nn.Module = create_swav_model(encoder, hidden_size=2048, projection_size=128, n_protos=3000)
     augs = get_swav_aug_pipelines(num_crops=(2,6), crop_sizes=(224,96), min_scales=(.25,.05), max_scales=(1.,.14))
     dls = swav_dls(Path('images'), size=96, bs=64, n_in=3, num_workers=None, device=None)
-    return Learner(dls, model, cbs=[SWAV(aug_pipelines=augs, crop_assgn_ids=[0,1], K=None, queue_start_pct=.25, temp=.1, eps=.05, n_sinkh_iter=3)])
+    return Learner(dls, model, cbs=[SWAV(aug_pipelines=augs, crop_assgn_ids=[0,1], K=None, queue_start_pct=.25, temp=.1,
+                                         eps=.05, n_sinkh_iter=3)])
 
 def short_way(folder:str) -> dict:
     dls = swav_dls(folder)

@@ -9,7 +9,7 @@ usage = 'tests/typed_usage.py'  # calls of the public API with their types
 def checks():
     "The package and README are what the notebooks give, and neither ruff nor mypy has a complaint about what they read"
     start = time.time()
-    lint = [d for d in ('self_supervised_swav', 'tests', 'tools', 'benchmarks') if (root/d).exists()]
+    lint = [d for d in ('self_supervised_swav', 'nbs', 'tests', 'tools', 'benchmarks') if (root/d).exists()]
     cmds = {'drift': ['tools/drift.py'], 'ruff': ['-m', 'ruff', 'check', '-q', *lint]}
     if (root/usage).exists(): cmds['mypy'] = ['-m', 'mypy', '--no-error-summary', usage]
     running = {nm: subprocess.Popen([sys.executable, *cmd], cwd=root) for nm, cmd in cmds.items()}
