@@ -1399,6 +1399,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._n_whole': ( 'sinkhorn.html#_n_whole',
                                                                                            'self_supervised_swav/sinkhorn.py'),
+                                               'self_supervised_swav.sinkhorn._normalized_column_sums': ( 'sinkhorn.html#_normalized_column_sums',
+                                                                                                          'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._plain_codes': ( 'sinkhorn.html#_plain_codes',
                                                                                                'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._rescale': ( 'sinkhorn.html#_rescale',

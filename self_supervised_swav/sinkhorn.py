@@ -30,7 +30,9 @@ def _row_blocks(x, *others, whole=0):
     "Rows of `x` and of the tensors beside it, in blocks small enough to be worked on in place"
     n = _N_CACHE if x.device.type=='cpu' else _N_BLOCK
     if x.numel()<=max(whole, n): return [(x,*others)]
-    return list(zip(*(o.split(max(1, n//x.shape[1])) for o in (x,*others))))
+    rows,n_threads = max(1, n//x.shape[1]),torch.get_num_threads()
+    if rows>n_threads: rows -= rows%n_threads  # every thread gets as many
+    return list(zip(*(o.split(rows) for o in (x,*others))))
 
 def no_autocast(
     device:torch.device # Where the arithmetic happens
@@ -41,37 +43,46 @@ def no_autocast(
     return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 # %% ../nbs/00_sinkhorn.ipynb #6d47c200
+_N_SHARED = 1<<16  # entries from which threads share a block
+
 def _plain_codes(S, eps, n_iters, mid, group, Q):
-    "Write the codes of `S` into `Q`; float32 must hold exp((S-mid)/eps) and what follows from it"
+    "Write the codes of `S` into `Q`; float32 must hold exp((S-mid)/eps) and what follows from it. Returns the row sums"
     blocks = _row_blocks(S, Q, whole=_n_whole())
     u = _column_scale([_exponentials(s, q, mid, eps).sum(0) for s,q in blocks], group)
-    kernels = [(q,q.T) for _,q in blocks]
-    for _ in range(n_iters-1): u = _iterate(kernels, u, group)
-    return u
+    for _ in range(n_iters-1): u = _iterate(blocks, u, group)
+    return _scale_and_normalize(blocks, u)
 
 def _exponentials(s, q, mid, eps):
     "Write exp((s-mid)/eps) into `q`"
     c = 1/(eps*math.log(2))
     return (torch.sub(s, mid, out=q).mul_(c) if mid else torch.mul(s, c, out=q)).exp2_()
 
-def _iterate(kernels, u, group):
+def _iterate(blocks, u, group):
     "One iteration: scale rows to the sum 1 under `u`, and return the `u` that then makes the columns even"
-    return _column_scale([torch.mv(qT, torch.mv(q, u).reciprocal_()) for q,qT in kernels], group)
+    return _column_scale([_normalized_column_sums(q, u) for _,q,*_ in blocks], group)
+
+def _normalized_column_sums(q, u):
+    "Column sums of a block whose rows are first scaled to the sum 1 under `u`"
+    n = math.gcd(len(q), torch.get_num_threads()) if q.numel()>=_N_SHARED and q.device.type=='cpu' else 1
+    if n==1: return torch.mv(q.T, torch.mv(q, u).reciprocal_())
+    shares = q.unflatten(0, (n,-1))
+    v = torch.bmm(u.expand(n, 1, -1), shares.mT).reciprocal_()
+    return torch.bmm(v, shares).sum((0,1))
 
 def _column_scale(sums, group):
     "The `u` that makes columns even, given their sums in each block; its largest entry is 1"
     mass = sums[0] if len(sums)==1 else torch.stack(sums).sum(0)
     mass = _all_reduce(mass, group)
-    return torch.div(mass.amin(), mass, out=mass)
+    return torch.div(mass.min(), mass, out=mass)
 
 def _all_reduce(x, group, op=dist.ReduceOp.SUM):
     if group is not None: dist.all_reduce(x, op, group=group)
     return x
 
-def _scale_and_normalize(Q, u):
-    "Multiply the columns of `Q` by `u` and divide its rows by their sums; returns the sums, block by block"
+def _scale_and_normalize(blocks, u):
+    "Multiply columns by `u` and divide rows by their sums; returns the sums of each block"
     sums = []
-    for q, in _row_blocks(Q):
+    for _,q,*_ in blocks:
         r = q.mul_(u).sum(1, keepdim=True)
         q.div_(r)
         sums.append(r)
@@ -81,7 +92,7 @@ def _scale_and_normalize(Q, u):
 _N_SAFE = 3  # plain iterations between two times at which the exponentials are written
 
 def _careful_codes(S, eps, n_iters, group, Q):
-    "Like `_plain_codes`, for any range of `S/eps`"
+    "Like `_plain_codes`, for any range of `S/eps`, with S and eps of ordinary size"
     c = 1/(eps*math.log(2))
     row_top,g = S.new_zeros(2, S.shape[0])
     blocks = _row_blocks(S, Q, row_top, g)
@@ -96,7 +107,6 @@ def _careful_codes(S, eps, n_iters, group, Q):
             torch.sub(s, column_top, out=q).sub_(top[:,None]).mul_(c).add_(f).add_(g_[:,None]).exp2_()
 
     write_exponentials()
-    kernels = [(q,q.T) for _,q,_,_ in blocks]
     u = torch.ones_like(f)
     for i in range(1, n_iters):
         if i%_N_SAFE==0:
@@ -104,8 +114,8 @@ def _careful_codes(S, eps, n_iters, group, Q):
             f.add_(u.log2_())
             write_exponentials()
             u = torch.ones_like(f)
-        u = _iterate(kernels, u, group)
-    return u
+        u = _iterate(blocks, u, group)
+    return _scale_and_normalize(blocks, u)
 
 def _column_max(blocks, n_columns, group):
     "The largest score of every column, over all ranks"
@@ -154,15 +164,15 @@ def sinkhorn(
 def _write_codes(S, eps, n_iters, bound, group, Q):
     "The codes of `S` into `Q`, by the plain iterations where they are safe"
     lo,hi = (-bound,bound) if bound is not None else _score_range(S, group)
-    if eps*_SHARPEST>=1 and (hi-lo)/eps<=_MAX_RANGE[S.dtype]: u = _plain_codes(S, eps, n_iters, hi/2+lo/2, group, Q)
+    if eps*_SHARPEST>=1 and (hi-lo)/eps<=_MAX_RANGE[S.dtype]:
+        row_sums = _plain_codes(S, eps, n_iters, hi/2+lo/2, group, Q)
     else:
-        if Q.is_set_to(S): S = S.clone()
+        if Q.is_set_to(S): S = S.clone()  # it is read again after the first codes are written
         if eps*_SHARPEST<max(1, -lo, hi) or max(-lo, hi)>torch.finfo(S.dtype).max/4:
             if bound is not None: lo,hi = _score_range(S, group)
             S,eps = _rescale(S, eps, max(-lo, hi))
-        u = _careful_codes(S, eps, n_iters, group, Q)
-    sums = _scale_and_normalize(Q, u)
-    if bound is not None and S.device.type=='cpu' and not all(r.amin()>0 for r in sums if len(r)):
+        row_sums = _careful_codes(S, eps, n_iters, group, Q)
+    if bound is not None and S.device.type=='cpu' and not all(r.min().item()>0 for r in row_sums if len(r)):
         raise ValueError(f"scores must be finite and within the bound of {bound}")
 
 def _score_range(S, group):
