@@ -210,7 +210,11 @@ def _loss_once(self:MultiView, pred, *yb):
     "Put the Learner's own loss back, then compute the method's"
     self._restore_loss()
     if self._whole_images: return torch.full((), torch.nan)  # whole images: there is nothing to compare them with
-    loss,weight = self.view_loss(pred),self._weight_of_rank
+    try: loss = self.view_loss(pred)
+    except ValueError:
+        if not all(map(_is_finite, pred if isinstance(pred, tuple) else (pred,))): self._raise_not_finite()
+        raise
+    weight = self._weight_of_rank
     return loss if weight==1 else loss*weight
 
 @patch(as_prop=True)
