@@ -66,19 +66,30 @@ def test_any_block(monkeypatch):
 
 def _uneven(size): return [30,50,20][:size]
 
-def _part(rank, size, k, same):
+def _start(k, n_empty, n):
+    """Prototypes to begin with, `n_empty` of them with no vector near; None for vectors at random.
+
+    Each group has a prototype of its own; the others point away from a group, so that no cosine is close to another."""
+    if not n_empty: return None
+    x,truth = groups(n=n)
+    own = torch.stack([x[truth==c][0] for c in range(5)])
+    return torch.cat([own, -own[:n_empty]])
+
+def _part(rank, size, k, n_empty):
     n = _uneven(size)
     x,_ = groups(n=sum(n)//5)
     part = x[sum(n[:rank]):sum(n[:rank+1])]
-    init = x[:1].repeat(k,1) if same else None
-    return spherical_kmeans(part, k, init=init, seed=1, group=world())
+    return spherical_kmeans(part, k, init=_start(k, n_empty, sum(n)//5), seed=1, group=world())
 
-@pytest.mark.parametrize('size,k,same', [(2,5,False),(3,12,False),(3,6,False)])
-def test_processes_equal_one(size, k, same, tmp_path):
-    "Uneven parts, with empty clusters (`same`: every prototype begins at the same vector)"
-    got,n = run_ranks(_part, size, tmp_path, k, same),_uneven(size)
+@pytest.mark.parametrize('size,k,n_empty', [(2,5,0),(3,12,0),(2,6,1),(3,7,2)])
+def test_processes_equal_one(size, k, n_empty, tmp_path):
+    "Uneven parts, with and without empty clusters, which begin anew at the same vectors on every rank"
+    got,n = run_ranks(_part, size, tmp_path, k, n_empty),_uneven(size)
     x,_ = groups(n=sum(n)//5)
-    prototypes,labels,cosines = spherical_kmeans(x, k, init=x[:1].repeat(k,1) if same else None, seed=1)
+    init = _start(k, n_empty, sum(n)//5)
+    if n_empty: assert len((x@init.T).argmax(1).unique())==k-n_empty
+    prototypes,labels,cosines = spherical_kmeans(x, k, init=init, seed=1)
+    if n_empty: assert len(labels.unique())==k
     for p,*_ in got: torch.testing.assert_close(p, prototypes, atol=1e-5, rtol=0)
     for p,*_ in got: assert torch.equal(p, got[0][0])
     assert torch.equal(torch.cat([o[1] for o in got]), labels)
