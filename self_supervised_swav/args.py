@@ -7,9 +7,9 @@ __all__ = ['option', 'check_arg', 'check_least', 'MachineArgs', 'ImageArgs', 'Pr
            'EmbedArgs', 'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
-import platform, sys
+import platform
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from .machine import package_versions
 
 # %% ../nbs/17_args.ipynb #cd6ccd18
 def option(
@@ -141,8 +141,5 @@ def versions(
     packages=('self_supervised_swav','torch','torchvision','fastai','timm','kornia') # Names of packages
 )->dict: # Version by name
     "Versions of Python, of the system and of installed packages"
-    res = dict(Python=platform.python_version(), system=f'{platform.system()} {platform.machine()}')
-    for o in packages:
-        try: res[o] = getattr(sys.modules.get(o), '__version__', None) or version(o)
-        except PackageNotFoundError: res[o] = 'not installed'
-    return res
+    system = f'{platform.system()} {platform.machine()}'
+    return dict(Python=platform.python_version(), system=system, **package_versions(packages))

@@ -10,12 +10,12 @@ import math
 import torch, torch.nn.functional as F
 import torch.distributed as dist
 from .collectives import exchange, gather_rows
+from .losses import max_exponent
 
 # %% ../nbs/08_contrastive.ipynb #cae2b86b
 _n_block = 1<<19    # scores worked on at a time: they stay near a core
 _n_block_gpu = 1<<26
 _ln2 = math.log(2)  # exponentials are powers of two, e^x = 2^(x/ln 2), which is the faster function on many processors
-_max_exponent = 40. # its exponential, and a sum of millions of them, is far from float32's limits
 
 def _block_length(width, device):
     "Number of rows of `width` scores that are worked on at a time"
@@ -26,7 +26,7 @@ def _exponentiate(scores, temp, top=None):
 
     Returns the natural logarithm of what each row was divided by (n,): its largest power, or 1 where none needs it.
     `top`: the exponents of the largest powers, if they are known."""
-    if 1/temp<=_max_exponent:
+    if 1/temp<=max_exponent:
         scores.exp2_()
         return scores.new_zeros(len(scores))
     if top is None: top = scores.amax(1)
@@ -148,7 +148,7 @@ class _InfoNCE(torch.autograd.Function):
 def _info_nce_pair(q, k, queue, temp, scale, grad):
     "Sum of the losses of queries (B,d) with their keys (B,d) and negatives (K,d); adds to `grad` (B,d)"
     blocks = queue.split(_block_length(len(q), q.device))
-    top = None if 1/temp<=_max_exponent else torch.stack([torch.mm(q, o.T).amax(1)
+    top = None if 1/temp<=max_exponent else torch.stack([torch.mm(q, o.T).amax(1)
                                                           for o in blocks]).amax(0).div_(temp*_ln2)
     positive = torch.linalg.vecdot(q, k).div_(temp)
     n,pull = q.new_zeros(len(q)),torch.zeros_like(q)  # sums over negatives of e, and of e k

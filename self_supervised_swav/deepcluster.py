@@ -9,7 +9,6 @@ __all__ = ['DeepClusterModel', 'create_deepcluster_model', 'FeatureMemory', 'Dee
 # %% ../nbs/24_deepcluster.ipynb #36d9069f
 import math
 import torch, torch.nn.functional as F
-import torch.distributed as dist
 from torch import nn
 from fastai.callback.hook import total_params
 from .augment import get_swav_aug_pipelines
@@ -19,7 +18,7 @@ from .models import MultiCropModel, Prototypes, create_projector, own_init
 from .multiview import MultiView, register_method
 from .randomness import own_randomness
 from .recipes import common_recipe, swav_recipe
-from .stats import effective_rank, feature_spread
+from .stats import feature_spread
 
 # %% ../nbs/24_deepcluster.ipynb #568c8740
 class DeepClusterModel(MultiCropModel):
@@ -110,10 +109,7 @@ class DeepClusterV2(MultiView):
         print_augs:bool=False # Print the pipelines
     ):
         super().__init__(aug_pipelines, print_augs)
-        ids = list(crop_assgn_ids)
-        if not ids or len(set(ids))!=len(ids) or not all(isinstance(i, int) and 0<=i<self.n_views for i in ids):
-            raise ValueError(f"crop_assgn_ids must be different indices of the {self.n_views} crops, at least one, "
-                             f"got {ids}")
+        ids = self.check_view_ids('crop_assgn_ids', crop_assgn_ids)
         if not temp>0: raise ValueError(f"temp must be positive, got {temp}")
         if not (isinstance(n_kmeans_iter, int) and n_kmeans_iter>0):
             raise ValueError(f"n_kmeans_iter must be a whole number, at least 1, got {n_kmeans_iter}")
@@ -202,24 +198,14 @@ class DeepClusterV2(MultiView):
         for h,head in enumerate(heads):
             idxs,x = self.memory.get(h%len(self.crop_assgn_ids))
             idxs,x = idxs.to(device),x.to(device)
-            init = self._first_prototypes(idxs, x, len(head.weight), self.seed+1000*self.epoch+h)
-            prototypes,labels,_ = spherical_kmeans(x, len(head.weight), self.n_kmeans_iter, init, group=self.group)
+            prototypes,labels,_ = spherical_kmeans(x, len(head.weight), self.n_kmeans_iter,
+                                                   seed=self.seed+1000*self.epoch+h, ids=idxs, group=self.group)
             with torch.no_grad(): head.weight.copy_(prototypes)
             idxs,labels = self._from_all_ranks(torch.stack([idxs, labels], 1)).unbind(1)
             self.assigned[h,idxs] = labels
             share = labels.bincount(minlength=len(head.weight))/len(labels)
             entropies.append(torch.special.entr(share).sum().item()/math.log(len(head.weight)))
         self.evenness = min(entropies)
-
-    def _first_prototypes(self, idxs, x, k, seed):
-        "Embeddings of `k` images, which do not depend on how the images are spread over processes"
-        known = self._from_all_ranks(idxs[:,None])[:,0].unique()
-        chosen = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:k]].to(x.device)
-        row_of = idxs.new_full((len(self.memory.seen),), -1).scatter_(0, idxs,
-                                                                      torch.arange(len(idxs), device=x.device))[chosen]
-        init = torch.where(row_of[:,None]>=0, x[row_of], 0.)
-        if self.group is not None: dist.all_reduce(init, group=self.group)
-        return F.normalize(init, dim=1)
 
     def _from_all_ranks(self, rows):
         "Rows of all ranks, on the CPU"
@@ -285,15 +271,11 @@ class DeepClusterV2(MultiView):
         loss = self.learn.loss.detach()/self.chance_loss[0]
         return dict(zip(self.signs, (loss, torch.full_like(loss, self.evenness), feature_spread(large))))
 
-    def epoch_health(self, history):
-        "Means over the epoch, and the effective rank at its end"
-        return super().epoch_health(history)|dict(effective_rank=effective_rank(self.seen['embedding'].cpu()).item())
-
     def judge(self, history, n):
         "Collapsed: most images in few clusters, or all embeddings alike"
         spread,evenness = sum(history['feature_spread'][-n:])/n,history['cluster_entropy'][-1]
         if spread>=self.min_spread and evenness>=self.min_evenness: return
-        lr = max([*self.recorder.lrs, self.opt.hypers[-1]['lr']])
+        lr = self.largest_lr
         if spread<self.min_spread: what = f"the embeddings of all images are alike (spread {spread:.3f})"
         else: what = f"few clusters hold most images (evenness {evenness:.2f})"
         n_protos = [max(2, o//2) for o in self.bare_model.n_protos]

@@ -34,16 +34,20 @@ def _worst_rows(x, cosines, n, sizes, group):
     offered = gather_rows(torch.cat([worst[:,None], x[idxs]], 1)[None], [min(n, o) for o in sizes], group)[0]
     return offered[offered[:,0].topk(n, largest=False).indices,1:]
 
-def _first_prototypes(x, k, seed, sizes, group):
-    "`k` different rows at random, those of all ranks being one list"
-    chosen = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))[:k]
-    if group is None: return x[chosen.to(x.device)]
-    own = chosen-sum(sizes[:dist.get_rank(group)])
-    mine = (own>=0)&(own<len(x))
+def _first_prototypes(x, k, seed, ids, sizes, group):
+    "The rows of `k` random ids; which ones does not depend on how the rows are spread over ranks"
+    everyone = ids if group is None else gather_rows(ids[None,:,None], sizes, group)[0,:,0]
+    known = everyone.unique()
+    if len(known)<k: raise ValueError(f"ids must be of at least k={k} vectors, got {len(known)}")
+    chosen = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:k].to(known.device)]
     prototypes = x.new_zeros(k, x.shape[1])
-    prototypes[mine.to(x.device)] = x[own[mine].to(x.device)]
-    dist.all_reduce(prototypes, group=group)
-    return prototypes
+    if len(ids):
+        own,order = ids.sort()
+        at = torch.searchsorted(own, chosen).clamp_(max=len(own)-1)
+        mine = own[at]==chosen
+        prototypes[mine] = x[order[at[mine]]]
+    if group is not None: dist.all_reduce(prototypes, group=group)
+    return F.normalize(prototypes, dim=1)
 
 # %% ../nbs/08_kmeans.ipynb #cb2a19be
 @torch.no_grad()
@@ -53,6 +57,7 @@ def spherical_kmeans(
     n_iters:int=10, # Iterations, at least 1; the official code uses 10
     init:torch.Tensor|None=None, # (k,d) prototypes to begin with; None: `k` of the vectors
     seed:int=0, # Which of the vectors
+    ids:torch.Tensor|None=None, # (n,) whole numbers by which the vectors are drawn; None: their places over all ranks
     group=None # Process group whose ranks hold the rest of the vectors; None: this process holds all
 )->tuple: # Prototypes (k,d) of unit norm, the same on every rank; the nearest one of each row (n,) and its cosine (n,)
     "Cluster unit vectors by cosine (Caron et al. 2020, Appendix D)"
@@ -63,7 +68,8 @@ def spherical_kmeans(
     if not 1<=k<=sum(sizes): raise ValueError(f"k must be between 1 and the number of vectors, {sum(sizes)}, got {k}")
     if init is not None and init.shape!=(k,x.shape[1]):
         raise ValueError(f"init must have the shape {(k,x.shape[1])}, got {tuple(init.shape)}")
-    prototypes = _first_prototypes(x, k, seed, sizes, group) if init is None else init.to(x)
+    if ids is None: ids = torch.arange(len(x), device=x.device)+(sum(sizes[:dist.get_rank(group)]) if group else 0)
+    prototypes = _first_prototypes(x, k, seed, ids, sizes, group) if init is None else init.to(x)
     for _ in range(n_iters):
         assigned,cosines = _assign(x, prototypes)
         sums,counts = _sums(x, assigned, k, group)

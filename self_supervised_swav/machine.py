@@ -9,7 +9,6 @@ __all__ = ['machine_info']
 import os, platform, re, sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-import torch
 
 # %% ../nbs/07_machine.ipynb #f3577f89
 def cpuinfo_fields(
@@ -73,6 +72,7 @@ def machine_info(
     packages:tuple|None=None # Packages whose versions to add; None: those that decide about results
 )->dict: # Short texts by name
     "Processor, instruction sets, threads, GPU, system, Python and versions of packages"
+    import torch  # here, since a name and a version should not wait for it
     gpu = {'GPU': torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {'processor': processor_summary(),
             'torch uses': f'{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)', **gpu,

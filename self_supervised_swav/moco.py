@@ -11,14 +11,13 @@ from functools import partial
 import torch, torch.nn.functional as F
 import torch.distributed as dist
 from torch import nn
-from .augment import get_swav_aug_pipelines
 from .collectives import gather_rows
 from .contrastive import info_nce
-from .models import MultiCropModel, create_projector, own_init
+from .models import MultiCropModel, create_projector, embed_crops, own_init
 from .multiview import register_method
 from .queue import FeatureQueue
 from .recipes import common_recipe, round_down
-from .simclr import Contrastive, put_two_crops
+from .simclr import Contrastive, get_simclr_aug_pipelines, put_two_crops
 
 # %% ../nbs/23_moco.ipynb #f71bdaf5
 class MoCoModel(MultiCropModel):
@@ -47,11 +46,11 @@ class MoCoModel(MultiCropModel):
         crops:list # (B,C,H,W) each
     )->torch.Tensor: # Unit-norm embeddings (A*B,d), in the order of the crops
         "Embed `crops` by the momentum encoder, in `bn_splits` groups during training"
-        momentum = MultiCropModel(self.key_encoder, self.key_projector, self.n_in)
+        def embed(crops): return embed_crops(self.key_encoder, self.key_projector, crops, self.n_in)
         n = min(self.bn_splits, len(crops[0])//2) if self.training else 1
-        if n<2: return momentum.embed(crops)
+        if n<2: return embed(crops)
         # every n-th image makes a group: nothing random is needed, since the loader shuffles
-        groups = [momentum.embed([c[i::n] for c in crops]).unflatten(0, (len(crops),-1)) for i in range(n)]
+        groups = [embed([c[i::n] for c in crops]).unflatten(0, (len(crops),-1)) for i in range(n)]
         out = groups[0].new_empty(len(crops), len(crops[0]), groups[0].shape[-1])
         for i,o in enumerate(groups): out[:,i::n] = o
         return out.flatten(0, 1)
@@ -96,9 +95,8 @@ def get_moco_aug_pipelines(
 )->list:
     "Pipelines for MoCo: the augmentations of the official code's version 1 or 2"
     _check_version(version)
-    if size is not None: crop_sizes = (size,*crop_sizes[1:])
     own = dict(blur=False, jitter_p=1., jitter_s=.5) if version==1 else dict(jitter_s=.5)
-    return get_swav_aug_pipelines(num_crops, crop_sizes, min_scales, max_scales, rotate=rotate, **own|kwargs)
+    return get_simclr_aug_pipelines(size, num_crops, crop_sizes, min_scales, max_scales, rotate, **own|kwargs)
 
 def _check_version(version):
     if version not in (1,2): raise ValueError(f"version must be 1 or 2, got {version!r}")

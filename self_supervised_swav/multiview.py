@@ -23,6 +23,7 @@ from .drawings import new_axes
 from .encoders import encoder_name, first_conv
 from .models import in_eval
 from .randomness import own_randomness
+from .stats import effective_rank
 
 # %% ../nbs/20_multiview.ipynb #26c22436
 class MultiView(Callback):
@@ -58,6 +59,21 @@ class MultiView(Callback):
     def group(self):
         "The process group that trains together, None for a single process"
         return world()
+
+    @property
+    def largest_lr(self):
+        "The largest learning rate of the fit so far"
+        return max([*self.recorder.lrs, self.opt.hypers[-1]['lr']])
+
+    def check_view_ids(self,
+        name, # Argument that names crops
+        ids # Its value
+    )->list:
+        "`ids` as a list; an error unless they are different indices of the crops"
+        ids = list(ids)
+        if not ids or len(set(ids))!=len(ids) or not all(isinstance(i, int) and 0<=i<self.n_views for i in ids):
+            raise ValueError(f"{name} must be different indices of the {self.n_views} crops, at least one, got {ids}")
+        return ids
 
     # what a method must say
     def view_loss(self, pred):
@@ -138,8 +154,10 @@ def columns(self:MultiView)->tuple:
 
 @patch
 def epoch_health(self:MultiView, history:dict)->dict:
-    "Numbers of an epoch by the names in `columns`, given the `history` of its steps"
-    return {n: sum(history[n])/len(history[n]) for n in self.columns if n in history}
+    "Numbers of an epoch by the names in `columns`: means of its steps, and the effective rank of `seen['embedding']`"
+    values = {n: sum(history[n])/len(history[n]) for n in self.columns if n in history}
+    if 'effective_rank' in self.columns: values['effective_rank'] = effective_rank(self.seen['embedding'].cpu()).item()
+    return values
 
 @patch
 def judge(self:MultiView,

@@ -16,7 +16,7 @@ from .contrastive import nt_xent
 from .models import MultiCropModel, create_projector, own_init
 from .multiview import MultiView, register_method
 from .recipes import common_recipe
-from .stats import effective_rank, feature_spread
+from .stats import feature_spread
 
 # %% ../nbs/22_simclr.ipynb #1660f589
 class Contrastive(MultiView):
@@ -28,11 +28,7 @@ class Contrastive(MultiView):
 
     def __init__(self, aug_pipelines, temp, large_ids, print_augs):
         super().__init__(aug_pipelines, print_augs)
-        large_ids = list(large_ids)
-        if not large_ids or len(set(large_ids))!=len(large_ids) or not all(isinstance(i, int) and 0<=i<self.n_views
-                                                                           for i in large_ids):
-            raise ValueError(f"{self.ids_name} must be different indices of the {self.n_views} crops, at least one, "
-                             f"got {large_ids}")
+        large_ids = self.check_view_ids(self.ids_name, large_ids)
         if not temp>0: raise ValueError(f"temp must be positive, got {temp}")
         self.temp = temp
         setattr(self, self.ids_name, large_ids)
@@ -54,18 +50,13 @@ class Contrastive(MultiView):
         positive = torch.stack([o.sum(1).mean() for o in partners]).mean()
         return dict(zip(self.signs, (self.learn.loss.detach()/self.chance_loss[0], positive, feature_spread(large))))
 
-    def epoch_health(self, history):
-        "Means over the epoch, and the effective rank at its end"
-        rank = effective_rank(self.seen['embedding'].cpu()).item()
-        return super().epoch_health(history)|dict(effective_rank=rank)
-
     def judge(self, history, n):
         "Collapsed: the loss stays at chance, or all embeddings are alike"
         chance,how = self.chance_loss
         nats = [chance*(1-o) for o in history['loss/chance'][-n:]]
         spread = sum(history['feature_spread'][-n:])/n
         if max(nats)>=self.min_nats and spread>=self.min_spread: return
-        lr = max([*self.recorder.lrs, self.opt.hypers[-1]['lr']])
+        lr = self.largest_lr
         if spread<self.min_spread: what = f"the embeddings of all images have been alike (spread {spread:.3f})"
         else: what = f"the loss has been {how} = {chance:.2f}, that of predicting nothing"
         tries = [f"lr={lr/10:.3g} (now {lr:.3g})", f"temp={min(.5, 2*self.temp):.3g} (now {self.temp:.3g})"]

@@ -19,7 +19,7 @@ from .multiview import MultiView, Picture, register_method
 from .randomness import own_randomness
 from .recipes import round_down, swav_recipe
 from .sinkhorn import sinkhorn
-from .stats import code_entropy, code_overlap, effective_rank, feature_spread, mean_code_entropy
+from .stats import code_entropy, code_overlap, feature_spread, mean_code_entropy
 
 # %% ../nbs/21_swav.ipynb #5a342681
 class SWAV(MultiView):
@@ -45,10 +45,7 @@ class SWAV(MultiView):
         hard:bool=False # Round the codes (the paper's ablation)
     ):
         super().__init__(aug_pipelines, print_augs)
-        ids = list(crop_assgn_ids)
-        if not ids or len(set(ids))!=len(ids) or not all(isinstance(i, int) and 0<=i<self.n_views for i in ids):
-            raise ValueError(f"crop_assgn_ids must be different indices of the {self.n_views} crops, at least one, "
-                             f"got {ids}")
+        ids = self.check_view_ids('crop_assgn_ids', crop_assgn_ids)
         if not (K is None or isinstance(K, int) and K>0):
             raise ValueError(f"K must be a positive whole number, or None for no queue, got {K}")
         if not (isinstance(n_sinkh_iter, int) and n_sinkh_iter>0):
@@ -211,8 +208,7 @@ def health(self:SWAV, pred):
 
 @patch
 def epoch_health(self:SWAV, history):
-    return super(SWAV, self).epoch_health(history) | dict(
-        proto_usage=history['proto_usage'][-1], effective_rank=effective_rank(self.seen['embedding'].cpu()).item())
+    return super(SWAV, self).epoch_health(history) | dict(proto_usage=history['proto_usage'][-1])
 
 @patch
 def marks(self:SWAV, history):
@@ -239,15 +235,12 @@ def judge(self:SWAV, history, n):
 
 def _rounded(x): return f'{x:.3g}'
 
-@patch(as_prop=True)
-def _largest_lr(self:SWAV): return max([*self.recorder.lrs, self.opt.hypers[-1]['lr']])
-
 @patch
 def _advice_if_collapsed(self:SWAV, n, loss, entropy):
     (lnk,chance),n_protos = self.chance_loss,len(self._weight)
     chance = chance.replace(' ', '(')+')'
     n_rows = sum(self.sizes)+(self.K or 0)
-    frozen,lr = self._frozen_steps/self._n_steps,self._largest_lr
+    frozen,lr = self._frozen_steps/self._n_steps,self.largest_lr
     level = sum(loss)/n*lnk
     if abs(level-lnk)<self.min_nats: has_been = f"been {chance} = {lnk:.2f}"
     else: has_been = f"not been below {chance} = {lnk:.2f} (it is {level:.2f})"
@@ -264,7 +257,7 @@ def _advice_if_collapsed(self:SWAV, n, loss, entropy):
 
 @patch
 def _advice_for_queue(self:SWAV, n, overlap):
-    n_train,batch,lr = len(self.dls.train.dataset),sum(self.sizes),self._largest_lr
+    n_train,batch,lr = len(self.dls.train.dataset),sum(self.sizes),self.largest_lr
     K,start = max(batch, min(self.K//2, n_train//4)),min(.9, max(2*self.queue_start_pct, .25))
     tries = [f"K={K} (now {self.K}, of {n_train} training images)"] if K<self.K else []
     tries.append(f"queue_start_pct={_rounded(start)} (now {_rounded(self.queue_start_pct)})")

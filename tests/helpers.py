@@ -83,3 +83,11 @@ def _pretends_gpu():
 
 needs_pretended_gpu = pytest.mark.skipif(not _pretends_gpu(),
                                          reason='this version of torch cannot pretend that there is a GPU')
+
+class Noisy:
+    "Items with noise of all three generators, which notes what is loaded"
+    def __init__(self, n): self.n,self.loaded = n,[]
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        self.loaded.append(i)
+        return torch.tensor([float(i), torch.rand(1).item(), random.random(), np.random.rand()])

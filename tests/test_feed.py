@@ -3,15 +3,8 @@ import random
 import numpy as np, pytest, torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.torch_core import set_seed
+from helpers import Noisy
 from self_supervised_swav.feed import ResumableFeed, get_pass_start, get_rng_state, set_pass_start, set_rng_state
-
-class Noisy:
-    "Items with noise of all three generators, which notes what is loaded"
-    def __init__(self, n): self.n,self.loaded = n,[]
-    def __len__(self): return self.n
-    def __getitem__(self, i):
-        self.loaded.append(i)
-        return torch.tensor([float(i), torch.rand(1).item(), random.random(), np.random.rand()])
 
 def jitter(x:torch.Tensor): return x+torch.randn_like(x)
 

@@ -18,7 +18,7 @@ from fastai.optimizer import Adam, OptimWrapper, ranger
 from fastai.torch_core import set_seed
 from torch import nn
 
-from helpers import digits, seed_all, small_augs, small_learner
+from helpers import Noisy, digits, seed_all, small_augs, small_learner
 from test_distributed import ctx, run_ranks
 from self_supervised_swav import files
 from self_supervised_swav.feed import get_rng_state
@@ -27,13 +27,10 @@ from self_supervised_swav.optimizer import lars
 from self_supervised_swav.resume import ResumeTraining, TrainingStopped, fit_progress
 
 
-class Noisy:
-    "Items with noise of all three generators, which notes what is loaded"
-    def __init__(self, n): self.n,self.loaded = n,[]
-    def __len__(self): return self.n
+class NoisyPairs(Noisy):
+    "With something to predict"
     def __getitem__(self, i):
-        self.loaded.append(i)
-        x = torch.tensor([float(i), torch.rand(1).item(), random.random(), np.random.rand()])
+        x = super().__getitem__(i)
         return x,x.sum(0, keepdim=True)/10
 
 def jitter(x:torch.Tensor): return x+0.1*torch.randn_like(x)+random.random()+np.random.rand()
@@ -41,8 +38,8 @@ def jitter(x:torch.Tensor): return x+0.1*torch.randn_like(x)+random.random()+np.
 def make_dls(n=26, bs=4, nw=0, torch_dl=False):
     def loader(train):
         kwargs = dict(shuffle=train, drop_last=train, num_workers=nw)
-        if torch_dl: return torch.utils.data.DataLoader(Noisy(n), bs, **kwargs)
-        return TfmdDL(Noisy(n), bs=bs, after_batch=jitter, **kwargs)
+        if torch_dl: return torch.utils.data.DataLoader(NoisyPairs(n), bs, **kwargs)
+        return TfmdDL(NoisyPairs(n), bs=bs, after_batch=jitter, **kwargs)
     return DataLoaders(loader(True), loader(False))
 
 def make_net(width=6):
