@@ -165,6 +165,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'self_supervised_swav.cli._own_fields': ('cli.html#_own_fields', 'self_supervised_swav/cli.py'),
                                           'self_supervised_swav.cli.add_arguments': ( 'cli.html#add_arguments',
                                                                                       'self_supervised_swav/cli.py'),
+                                          'self_supervised_swav.cli.command': ('cli.html#command', 'self_supervised_swav/cli.py'),
                                           'self_supervised_swav.cli.create_parser': ( 'cli.html#create_parser',
                                                                                       'self_supervised_swav/cli.py'),
                                           'self_supervised_swav.cli.embed': ('cli.html#embed', 'self_supervised_swav/cli.py'),
