@@ -57,7 +57,8 @@ __all__ = [
     # the encoder and what it knows
     'save_encoder', 'load_encoder', 'load_weights', 'encoder_settings', 'create_from_settings',
     'extract_features', 'nearest_neighbors', 'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
-    'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run', 'embed_images']
+    'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run',
+    'folder_features', 'embed_images']
 
 def __getattr__(name):
     "A name that was here in 0.1.0, from the module that has it now"
