@@ -1,7 +1,7 @@
 import pytest, torch
 from fastai.torch_core import TensorCategory, TensorImage
 from torch.nn.functional import normalize
-from self_supervised_swav.knn import nearest_neighbors, weighted_knn
+from self_supervised_swav.knn import linked_groups, near_duplicates, nearest_neighbors, weighted_knn
 
 def full_votes(features, bank, labels, k, temp, n_classes):
     "The formula as written, one image at a time, in float64"
@@ -84,3 +84,36 @@ ok = dict(features=torch.ones(2, 3), bank=torch.ones(4, 3), labels=torch.arange(
     (ValueError, 'chunk must be positive', dict(chunk=0))])
 def test_errors(err, msg, kw):
     with pytest.raises(err, match=msg): weighted_knn(**{**ok, **kw})
+
+def near_pairs(x, threshold):
+    "The definition: all pairs, in float64"
+    x = normalize(x.double(), dim=1)
+    return {(i, j): float(x[i] @ x[j]) for i in range(len(x)) for j in range(i+1, len(x)) if x[i] @ x[j] >= threshold}
+
+@pytest.mark.parametrize('chunk', [1, 7, 64, 1000])
+def test_near_duplicates_equal_definition(chunk):
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    x[40:50] = x[3:13]*torch.linspace(.1, 9, 10)[:, None]  # the same direction: the length does not count
+    pairs, sims = near_duplicates(x, .9, chunk=chunk)
+    want = near_pairs(x, .9)
+    assert sorted(map(tuple, pairs.tolist())) == sorted(want) and len(want) >= 10
+    eps = 16*torch.finfo(torch.float32).eps  # a float32 cosine: 5 products, two norms, none above 1
+    for p, s in zip(pairs.tolist(), sims.tolist()): assert abs(want[tuple(p)]-s) <= eps
+    assert (sims.diff() <= 0).all()
+    best = near_duplicates(x, .9, max_pairs=3, chunk=chunk)[1]
+    torch.testing.assert_close(best, sims[:3], atol=eps, rtol=0)
+
+def test_near_duplicates_of_a_collapsed_encoder_stay_few():
+    "All pairs are alike; only as many are kept as were asked for"
+    pairs, sims = near_duplicates(torch.ones(300, 4), max_pairs=50, chunk=32)
+    assert pairs.shape == (50, 2) and (pairs[:, 0] < pairs[:, 1]).all() and len(set(map(tuple, pairs.tolist()))) == 50
+    assert len(near_duplicates(torch.zeros(5, 4))[0]) == 0, 'zero has no direction'
+
+@pytest.mark.parametrize('msg,kw', [('threshold must be between 0 and 1, got 1', dict(threshold=1)),
+    ('max_pairs must be positive, got 0', dict(max_pairs=0)), ('chunk must be positive, got 0', dict(chunk=0))])
+def test_near_duplicates_errors(msg, kw):
+    with pytest.raises(ValueError, match=msg): near_duplicates(torch.ones(3, 2), **kw)
+
+def test_linked_groups():
+    assert linked_groups(torch.tensor([[4, 9], [0, 1], [9, 2], [7, 8], [2, 4]])) == [[2, 4, 9], [0, 1], [7, 8]]
+    assert linked_groups([]) == [] and linked_groups(torch.empty(0, 2, dtype=torch.long)) == []
