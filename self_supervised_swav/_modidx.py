@@ -766,6 +766,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'self_supervised_swav.losses._SwappedLoss.forward': ( 'losses.html#_swappedloss.forward',
                                                                                                    'self_supervised_swav/losses.py'),
                                              'self_supervised_swav.losses._empty': ('losses.html#_empty', 'self_supervised_swav/losses.py'),
+                                             'self_supervised_swav.losses._sum_of_rows': ( 'losses.html#_sum_of_rows',
+                                                                                           'self_supervised_swav/losses.py'),
                                              'self_supervised_swav.losses._write_grad_and_get_loss': ( 'losses.html#_write_grad_and_get_loss',
                                                                                                        'self_supervised_swav/losses.py'),
                                              'self_supervised_swav.losses.swapped_loss': ( 'losses.html#swapped_loss',

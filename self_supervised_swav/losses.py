@@ -7,6 +7,7 @@ __all__ = ['max_exponent', 'swapped_loss']
 
 # %% ../nbs/01_losses.ipynb #94eae3d9
 import math
+from itertools import repeat
 import torch
 
 # %% ../nbs/01_losses.ipynb #1274375e
@@ -43,48 +44,62 @@ class _FirstOnly(torch.autograd.Function):
 # exponentials are powers of two, e^x = 2^(x/ln 2), which is the faster function on many processors
 _ln2 = math.log(2)
 max_exponent = 40.  # its exponential, and a sum of millions of them, is far from float32's limits in both directions
+_N_ENTRIES = 1<<20  # scores of a block of images on a CPU: the block and its gradient stay near a core
 
 def _write_grad_and_get_loss(scores, codes, assign_ids, temp, bound, grad=None):
     "The loss; its gradient is written into `grad` where one is given"
-    V,B,_ = scores.shape
+    V,B,K = scores.shape
+    rows = max(1, _N_ENTRIES//(V*K)) if scores.device.type=='cpu' else B
+    grads = repeat(None) if grad is None else grad.split(rows, 1)
+    safe = bound is not None and bound/temp<=max_exponent
     scale = 1/(len(assign_ids)*(V-1)*B)
+    losses = [_sum_of_rows(*o, assign_ids, temp, safe, scale)
+              for o in zip(scores.split(rows, 1), codes.split(rows, 1), grads)]
+    return sum(losses)*scale
+
+def _sum_of_rows(scores, codes, grad, assign_ids, temp, safe, scale):
+    "The cross entropies of some images, added; `safe`: plain exponentials of the scores stay in range"
     target,mass = codes.sum(0),codes.sum(2)
-    weight = mass.sum(0).repeat(V, 1)  # m_v of every crop
-    for v,m in zip(assign_ids, mass): weight[v] -= m
+    weight = mass.sum(0).repeat(len(scores), 1)  # m_v of every crop
+    cross = torch.bmm(target[:,None], scores.permute(1, 2, 0))[:,0].T
+    for v,m,q in zip(assign_ids, mass, codes):
+        weight[v] -= m
+        cross[v] -= torch.linalg.vecdot(q, scores[v])
     # p: the exponentials, in the gradient's memory if there is one
-    if bound is not None and bound/temp<=max_exponent:
-        top = 0.
-        p = torch.mul(scores, 1/(temp*_ln2), out=grad).exp2_()
+    if safe: p = torch.mul(scores, 1/(temp*_ln2), out=grad).exp2_()
     else:
-        top = scores.amax(2, keepdim=True)
-        p = torch.sub(scores, top, out=grad).mul_(1/(temp*_ln2)).exp2_()
-        top = top/temp
-    norm = p.sum(2, keepdim=True)
-    cross = torch.einsum('bk,vbk->vb', target, scores)
-    for v,q in zip(assign_ids, codes): cross[v] -= torch.linalg.vecdot(q, scores[v])
-    loss = (weight*(norm.log() + top)[...,0]).sub_(cross, alpha=1/temp).sum()
+        top = scores.amax(2)
+        p = torch.sub(scores, top[...,None], out=grad).mul_(1/(temp*_ln2)).exp2_()
+        cross.addcmul_(weight, top, value=-1)
+    norm = p.sum(2)
+    loss = (weight*norm.log()).sub_(cross, alpha=1/temp).sum()
     if grad is not None:  # p becomes the gradient, in place; target and weight are not needed any more
-        torch.addcmul(target.mul_(-scale/temp), p, weight[...,None].mul_(scale/temp)/norm, out=p)
-        for v,q in zip(assign_ids, codes): p[v].add_(q, alpha=scale/temp)
-    return loss.mul_(scale)
+        c = scale/temp
+        torch.addcmul(target.mul_(-c), p, (weight.mul_(c)/norm)[...,None], out=p)
+        for v,q in zip(assign_ids, codes): p[v].add_(q, alpha=c)
+    return loss
+
 
 # %% ../nbs/01_losses.ipynb #4d6ff3ac
 def swapped_loss(
     scores:torch.Tensor, # (V,B,K) scores of V crops of B images against K prototypes
     codes:torch.Tensor, # (A,B,K) codes of the A assigned crops; taken as constants
     assign_ids, # Which crops the codes are of: A different indices into 0..V-1
-    temp:float=0.1, # Softmax temperature tau, positive
+    temp:float=0.1, # Softmax temperature tau, positive, at least 1e-30
     bound:float|None=None # Known bound on |scores|, 1 for unit norms; None: look for it
 )->torch.Tensor: # Mean cross entropy over pairs and images, a float32 scalar (float64 for float64 scores)
     "Cross entropy of every other crop's prediction against each code (Caron et al. 2020, Eq. 1-4)"
     assign_ids = tuple(assign_ids)
     if scores.ndim!=3 or scores.shape[0]<2:
         raise ValueError(f"scores must have the shape (V,B,K) with at least two crops, got {tuple(scores.shape)}")
+    if not scores.numel() or scores.is_complex():
+        raise ValueError(f"scores must be real numbers of at least one image and one prototype, got {scores.dtype} of "
+                         f"the shape {tuple(scores.shape)}")
     if not assign_ids or len(set(assign_ids))!=len(assign_ids) or not all(0<=i<len(scores) for i in assign_ids):
         raise ValueError(f"assign_ids must be different indices of the {len(scores)} crops, got {assign_ids}")
     if codes.shape!=(len(assign_ids),*scores.shape[1:]):
         raise ValueError(f"codes must have the shape {(len(assign_ids),*scores.shape[1:])}, got {tuple(codes.shape)}")
-    if not temp>0: raise ValueError(f"temp must be positive, got {temp}")
+    if not temp>=1e-30: raise ValueError(f"temp must be positive, at least 1e-30, got {temp}")
     if bound is not None and not bound>0: raise ValueError(f"bound must be positive, got {bound}")
     if scores.dtype!=torch.float64: scores = scores.float()
     return _SwappedLoss.apply(scores, codes.detach().to(scores.dtype), assign_ids, temp, bound)

@@ -34,6 +34,8 @@ class FeatureQueue(nn.Module):
         dim:int # Width of an embedding
     ):
         "Forget everything and take this size, unless it has it already"
+        for name,n in (('n_crops',n_crops), ('length',length), ('dim',dim)):
+            if n<0: raise ValueError(f"{name} must be at least 0, got {n}")
         if self.features.shape==(n_crops,length,dim): return
         self.features,self.n_pushed = self.features.new_zeros(n_crops, length, dim),0
 
@@ -43,7 +45,11 @@ class FeatureQueue(nn.Module):
         group=None, # Process group that shares the queue
         sizes:list|None=None # B of every rank in it; None: ask
     ):
-        "Replace the oldest embeddings by `x`"
+        "Replace the oldest embeddings by `x`; a ValueError where the queue has no places for them"
+        n_crops,length,dim = self.features.shape
+        if x.ndim!=3 or (x.shape[0],x.shape[2])!=(n_crops,dim) or not length:
+            raise ValueError(f"x must have the shape ({n_crops},B,{dim}) of a queue with places, this one has {length}; "
+                             f"got {tuple(x.shape)}")
         if group is not None:
             sizes = sizes or [int(n) for n, in exchange(x.shape[1], device=x.device, group=group)]
             x = gather_rows(x, sizes, group)

@@ -3,6 +3,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from lightly.loss import SwaVLoss
 from helpers import rounding
+from self_supervised_swav import losses
 from self_supervised_swav.losses import swapped_loss
 from self_supervised_swav.sinkhorn import sinkhorn
 
@@ -82,7 +83,7 @@ def test_float32_from_half_and_no_gradient_to_codes():
     assert s.grad.dtype==torch.float16 and codes.grad is None
     assert swapped_loss(torch.full((2,1,3), 1e4), torch.rand(2,1,3), (0,1), temp=.01).isfinite()
 
-@pytest.mark.parametrize('kw,text', [(dict(temp=0), 'temp must be positive, got 0'),
+@pytest.mark.parametrize('kw,text', [(dict(temp=0), 'temp must be positive, at least 1e-30, got 0'),
                                      (dict(assign_ids=[0,0]), 'different'), (dict(assign_ids=[0,5]), 'indices'),
                                      (dict(assign_ids=[]), 'indices'), (dict(bound=0), 'bound must be positive, got 0'),
                                      (dict(assign_ids=[0]), 'codes must have the shape')])
@@ -90,3 +91,40 @@ def test_errors(kw, text):
     kw = dict(scores=torch.zeros(3,2,4), codes=torch.ones(2,2,4), assign_ids=[0,1])|kw
     with pytest.raises(ValueError, match=text): swapped_loss(**kw)
     with pytest.raises(ValueError, match='at least two crops'): swapped_loss(torch.zeros(1,2,4), torch.ones(1,2,4), [0])
+    for shape in ((3,0,4),(3,2,0)):
+        with pytest.raises(ValueError, match='at least one image and one prototype'):
+            swapped_loss(torch.zeros(shape), torch.ones(2, *shape[1:]), [0,1])
+    with pytest.raises(ValueError, match='real numbers'):
+        swapped_loss(torch.zeros(3, 2, 4, dtype=torch.cfloat), torch.ones(2,2,4), [0,1])
+
+@given(V=st.integers(2, 5), B=st.integers(1, 7), K=st.integers(1, 9), log_temp=st.floats(-30, 30),
+       log_size=st.floats(-30, 30), dtype=st.sampled_from([torch.float32, torch.float64]),
+       strided=st.booleans(), equal=st.booleans(), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_scores(V, B, K, log_temp, log_size, dtype, strided, equal, data):
+    "Scores and temperatures of any size: the definition's value in float64, and inf only where float32 ends"
+    ids = data.draw(st.lists(st.integers(0, V-1), min_size=1, max_size=V, unique=True))
+    size,temp = 10**log_size,10**log_temp
+    scores = torch.zeros(V, B, K, dtype=dtype) if equal else torch.randn(V, B, K, dtype=dtype)*size
+    codes = torch.rand(len(ids), B, K, dtype=dtype)
+    codes = codes/codes.sum(-1, keepdim=True)
+    if strided: scores = scores.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    got = swapped_loss(scores, codes, ids, temp)
+    want = by_pairs(scores.double(), codes.double(), ids, temp)
+    # a difference of two sums of scores, in which each is known to K+V roundings; divided by temp
+    error = rounding(dtype, 4*(K+V+4), max(1., scores.abs().max().item()/temp)*len(ids))
+    if want+error<torch.finfo(dtype).max/V: assert abs(got.double()-want)<=error
+    assert not got.isnan()
+
+@pytest.mark.parametrize('B', [1,7,64])
+def test_blocks(B, monkeypatch):
+    "Images in blocks of any size: the same loss and gradient"
+    scores,codes = torch.randn(4, B, 20),torch.rand(2, B, 20).softmax(-1)
+    whole = loss_and_grad(lambda s: swapped_loss(s, codes, (0,2)), scores)
+    for n in (1,300,4*20*B-1):
+        monkeypatch.setattr(losses, '_N_ENTRIES', n)
+        loss,grad = loss_and_grad(lambda s: swapped_loss(s, codes, (0,2)), scores)
+        # B*V terms are added in another order; a row's own sums may be, too
+        torch.testing.assert_close(loss, whole[0], rtol=rounding(torch.float32, 4*B+40), atol=0)
+        torch.testing.assert_close(grad, whole[1], rtol=rounding(torch.float32, 40, 10),
+                                   atol=rounding(torch.float32, 40, 10/B))
