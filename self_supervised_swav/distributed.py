@@ -41,7 +41,7 @@ class DDPTrainer(DistributedTrainer):
     name = 'distributed_trainer'
     @delegates(Accelerator, but=_hidden_params)
     def __init__(self,
-        sync_bn:bool=True, # Synchronise batch norm between ranks, where they have GPUs
+        sync_bn:bool=True, # Synchronize batch norm between ranks, where they have GPUs
         **kwargs
     ):
         on_cpu = kwargs.setdefault('cpu', not torch.cuda.is_available())
@@ -69,7 +69,7 @@ class DDPTrainer(DistributedTrainer):
     def _warn_unsynced(self, model):
         self.unsynced = False
         if not rank_distrib() and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            warnings.warn("batch norm is not synchronised between CPU processes: each normalises by its own images "
+            warnings.warn("batch norm is not synchronized between CPU processes: each normalizes by its own images "
                           "(sync_bn=False says that you know)")
 
 # %% ../nbs/28_distributed.ipynb #c3887dbe
@@ -87,7 +87,7 @@ def _seed_ranks():
 @patch
 @delegates(Accelerator, but=_hidden_params)
 def to_distributed(self:Learner,
-    sync_bn:bool=True, # Synchronise batch norm between ranks, where they have GPUs
+    sync_bn:bool=True, # Synchronize batch norm between ranks, where they have GPUs
     **kwargs
 ):
     "Train in all processes that `torchrun` has started, see `DDPTrainer`"
