@@ -37,7 +37,8 @@ from .embed import *
 # The modules hold more names, for those who build on them: `from self_supervised_swav.drawings import draw_image`
 __all__ = [
     # images
-    'swav_dls', 'tensor_dls', 'digits_dls', 'fashion_mnist_dls', 'UnlabeledImageBlock', 'TensorImages', 'check_images',
+    'swav_dls', 'tensor_dls', 'digits_dls', 'fashion_mnist_dls', 'UnlabeledImageBlock', 'no_targets', 'TensorImages',
+    'check_images',
     # models
     'PoolingType', 'create_encoder', 'create_timm_encoder', 'create_fastai_encoder',
     'create_mlp_module', 'create_swav_model', 'SwAVModel', 'Prototypes',

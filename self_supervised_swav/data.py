@@ -17,20 +17,23 @@ from fastcore.basics import store_attr, listify
 from fastcore.foundation import L
 from fastcore.parallel import parallel
 from fasttransform import Transform
+from fastai.callback.core import Callback
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.external import fastai_path
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor, get_image_files
+from fastai.learner import defaults
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, default_device
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
+from .multiview import MultiView
 
 # %% ../nbs/30_data.ipynb #f3104dcc
 def no_targets(pred, *targ):
     "The loss of images without targets: holds the place until a callback such as `SWAV` brings its own"
-    raise TypeError("images without targets have no loss of their own: train with a callback that brings one, such as "
-                    "SWAV")
+    raise TypeError("images without targets have no loss of their own: train with a callback that brings one, "
+                    "Learner(dls, model, cbs=[SWAV(augs)]) or swav_learner(dls, arch)")
 
 # %% ../nbs/30_data.ipynb #0681430a
 class OpenImage(Transform):
@@ -55,6 +58,22 @@ def UnlabeledImageBlock(
 ):
     "A `TransformBlock` for images without targets"
     return TransformBlock(type_tfms=OpenImage(cls, min_size), batch_tfms=IntToFloatTensor)
+
+# %% ../nbs/30_data.ipynb #41e61017
+class NoTargetsGuard(Callback):
+    "Refuse a fit that would change nothing: images without targets, and no callback that brings some"
+    order,run_valid = 1000,False  # after every callback that may bring them
+
+    def _leave_unless_needed(self):
+        learn = self.learn
+        unlabeled = no_targets in (learn.loss_func,getattr(learn.dls.train_ds, 'loss_func', None))
+        if not unlabeled or any(isinstance(o, MultiView) for o in learn.cbs): learn.remove_cb(self)
+    after_create = before_fit = _leave_unless_needed
+
+    def after_pred(self):
+        if self.training and not len(self.learn.yb): no_targets(self.pred)
+
+if NoTargetsGuard not in defaults.callbacks: defaults.callbacks.append(NoTargetsGuard)
 
 # %% ../nbs/30_data.ipynb #29115917
 def _fault(fn, decode):
