@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['option', 'check_arg', 'check_least', 'MachineArgs', 'ImageArgs', 'PretrainArgs', 'EvaluateArgs', 'label_part',
-           'EmbedArgs', 'versions']
+           'EmbedArgs', 'GroupArgs', 'SortArgs', 'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
 import platform
@@ -135,6 +135,35 @@ class EmbedArgs(ImageArgs):
         super().check()
         check_arg('out', self.out, lambda o: str(o).endswith(('.npy','.parquet')),
                   'a file that ends in .npy or .parquet')
+
+# %% ../nbs/17_args.ipynb #5a0c7a11
+@dataclass(kw_only=True)
+class GroupArgs(ImageArgs):
+    "Groups"
+    # How groups are found: kmeans, hdbscan, or prototypes, those that a run of SwAV has learned
+    by:str = option('kmeans', metavar='HOW')
+    groups:int = option(metavar='N') # Groups of k-means (default: from the number of images)
+    seed:int = option(0, metavar='N') # Seed of k-means
+
+    def check(self):
+        super().check()
+        check_arg('by', self.by, lambda o: o in ('kmeans','hdbscan','prototypes'), 'kmeans, hdbscan or prototypes')
+        check_least('groups', self.groups, 1)
+        if self.groups is not None and self.by!='kmeans':
+            raise ValueError(f"groups is for by=kmeans, got groups={self.groups} and by={self.by}")
+
+@dataclass
+class SortArgs(GroupArgs):
+    "Make a folder of links to images, sorted into folders by what they look like"
+    run:str # Folder of a run, or the file of its encoder
+    folder:str # Folder of images, searched recursively
+    out:str = option('sorted', short='o', metavar='FOLDER') # Folder to make
+    copy:bool = False # Copy the images instead of linking to them
+    neighbors:int = option(5, metavar='N') # Nearest images of each image in the table
+
+    def check(self):
+        super().check()
+        check_least('neighbors', self.neighbors, 0)
 
 # %% ../nbs/17_args.ipynb #743d7ff4
 def versions(
