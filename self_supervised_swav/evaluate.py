@@ -31,6 +31,7 @@ from .knn import weighted_knn
 from .monitor import EpochColumns
 from .models import in_eval
 from .randomness import own_randomness
+from .whitening import as_whitening
 
 # %% ../nbs/32_evaluate.ipynb #f8c42ab4
 def _normalizes(dl): return any(isinstance(f, Normalize) for f in getattr(getattr(dl, 'after_batch', None), 'fs', []))
@@ -63,23 +64,35 @@ class _Rows:
 
     def get(self): return torch.cat(self.parts) if self.out is None else self.out[:self.done]
 
+def _n_images(dl):
+    "Number of images in a DataLoader; None if it does not say"
+    if isinstance(dl, DataLoader): return getattr(dl, 'n', None)
+    return len(dl.dataset) if hasattr(getattr(dl, 'dataset', None), '__len__') else None
+
+def _whiten_rows(x, layer, rows):
+    "Features in other rows, in blocks"
+    if layer is None: return x
+    for o in x.split(1<<14): rows.add(layer(o))
+    return rows.get()
+
 # %% ../nbs/32_evaluate.ipynb #996a1b2d
 def extract_features(
     learn_or_encoder, # A Learner, whose model's encoder is used, or an encoder: images (B,C,H,W) to features (B,d)
     dl, # DataLoader of images, with or without targets; a fastai one is read in the order of its data set, to the end
     max_bytes:int=2<<30, # Features that take more than this are kept in a file
     path=None, # That file (default: a temporary one); with a path they are always kept in it
-    progress:bool=True # Show a progress bar?
+    progress:bool=True, # Show a progress bar?
+    whiten=None # Whiten them: a `Whitening`, or True or a number of directions to fit one to these images
 )->tuple: # Features (n,d) in float32, and targets or None, on the CPU
     "The encoder's features of every image in `dl`"
     encoder,views = encoder_of(learn_or_encoder)
     if _normalizes(dl): views = None
     device = next((p.device for p in encoder.parameters()), torch.device('cpu'))
-    n = getattr(dl, 'n',
-                None) if isinstance(dl,
-                                    DataLoader) else len(dl.dataset) if hasattr(getattr(dl, 'dataset', None),
-                                        '__len__') else None
-    rows,targets = _Rows(n, max_bytes, path),[]
+    fit_later = isinstance(whiten, int) and whiten is not False
+    layer = None if fit_later else copy.deepcopy(as_whitening(whiten))
+    if layer is not None: layer.cpu()
+    n = _n_images(dl)
+    rows,targets = _Rows(n, max_bytes, None if fit_later else path),[]
     dl_ = _in_order(dl)
     try:
         with in_eval(encoder), without_augs(dl):
@@ -92,13 +105,15 @@ def extract_features(
                 if not f.isfinite().all():
                     raise FloatingPointError(f"features not finite in batch {i} of {len(dl_)}: the encoder's weights "
                                              "or the images are not")
-                rows.add(f)
+                rows.add(f if layer is None else layer(f).float())
                 if y: targets.append(y[0].detach().as_subclass(torch.Tensor).cpu())
     except BaseException:
         rows.discard()
         raise
     if not rows.done: raise ValueError("dl must hold images, got none")
-    return rows.get(),torch.cat(targets) if targets else None
+    x = rows.get()
+    if fit_later: x = _whiten_rows(x, as_whitening(whiten, x), _Rows(len(x), max_bytes, path))
+    return x,torch.cat(targets) if targets else None
 
 # %% ../nbs/32_evaluate.ipynb #c4b49bc5
 def _check_labelled(name, data, n_classes=None):
@@ -130,11 +145,15 @@ def knn_accuracy(
     valid, # (features, targets) to predict
     k:int=20, # Number of neighbours that vote
     temp:float=0.07, # Temperature: a vote weighs exp(similarity/temp)
-    chunk:int=4096 # Features compared at a time
+    chunk:int=4096, # Features compared at a time
+    whiten=None # Compare whitened: True or a number of directions, fitted to `train`; or a `Whitening`
 )->float: # Share of `valid` that is predicted rightly
     "Accuracy of the weighted vote of the nearest neighbours"
     x,y,xv,yv,n_classes = _check_split(train, valid)
-    right = [(weighted_knn(f, x, y, k=k, temp=temp, n_classes=n_classes, chunk=chunk).argmax(1)==t).sum()
+    layer = as_whitening(whiten, x)
+    if layer is None: layer = nn.Identity()
+    x = layer(x)
+    right = [(weighted_knn(layer(f), x, y, k=k, temp=temp, n_classes=n_classes, chunk=chunk).argmax(1)==t).sum()
              for f,t in zip(xv.split(1<<16), yv.split(1<<16))]
     return (sum(right)/len(yv)).item()
 
@@ -297,10 +316,13 @@ class KNNMetric(EpochColumns):
     def __init__(self,
         dls:DataLoaders|None=None, # Labelled images: training set votes, validation set is predicted; None: its own
         k:int=20, # Number of neighbours that vote
-        temp:float=0.07 # Temperature: a vote weighs exp(similarity/temp)
+        temp:float=0.07, # Temperature: a vote weighs exp(similarity/temp)
+        whiten=None # Also whitened, in a column `knn_whitened`: True or a number of directions, fitted after each epoch
     ):
-        super().__init__(['knn_accuracy'])
-        self.labelled,self.k,self.temp = dls,k,temp
+        if whiten is None or whiten is False: names = ['knn_accuracy']
+        else: names = ['knn_accuracy','knn_whitened']
+        super().__init__(names)
+        self.labelled,self.k,self.temp,self.whiten = dls,k,temp,whiten
 
     def before_fit(self):
         super().before_fit()
@@ -311,7 +333,8 @@ class KNNMetric(EpochColumns):
         with ExitStack() as stack:
             for dl in dls: stack.enter_context(own_randomness(0, dl))
             train,valid = (extract_features(self.learn, dl, progress=False) for dl in (dls.train,dls.valid))
-        self.epoch_values['knn_accuracy'] = knn_accuracy(train, valid, self.k, self.temp)
+        for name,whiten in zip(self.columns, (None,self.whiten)):
+            self.epoch_values[name] = knn_accuracy(train, valid, self.k, self.temp, whiten=whiten)
 
     @property
     def _dls(self): return self.learn.dls if self.labelled is None else self.labelled

@@ -1,0 +1,248 @@
+"""What each lever of the recipe is worth on images that no test uses: one setting changed at a time, then together.
+
+`python benchmarks/levers.py [--only NAME ...] [--data fashion digits clipart] [--seeds 3]`. Each piece stays in
+`runs/levers` and is not done again. Every figure is of a validation part of the training images; `--table` prints them.
+CPU seconds of one thread are what is compared: the machine may be shared."""
+import argparse, copy, hashlib, json, statistics, sys, time, warnings
+from pathlib import Path
+
+import torch, torch.nn.functional as F
+from fastai.callback import schedule  # noqa: F401  it patches Learner
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.torch_core import set_seed
+from safetensors.torch import save_file
+from torch import nn
+
+from harness import line
+from self_supervised_swav.augment import get_swav_aug_pipelines
+from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
+from self_supervised_swav.evaluate import NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe
+from self_supervised_swav.learner import swav_learner
+
+here = Path(__file__).resolve().parent
+
+# --- data: training images, and others of the training part to choose by ---------------------------------------------
+def fashion(bs, seed, n_train=10_000, n_valid=5_000):
+    "15,000 of the 60,000 training images; the 10,000 test images are not opened for the choice"
+    ds = fashion_mnist_dls(n_train=n_train+n_valid, n_valid=10, bs=bs, seed=1000+seed, device='cpu').train.dataset
+    return tensor_dls(ds.x, ds.y, ds.vocab, bs=bs, splits=(list(range(n_train)),list(range(n_train, n_train+n_valid))),
+                      device='cpu')
+
+def digits(bs, seed): return digits_dls(size=16, bs=bs, valid_pct=.3, seed=seed, device='cpu')
+
+def held_out(name, share=.25):
+    "Is a file held out? By a fixed hash of its name, so that it is everywhere and always the same"
+    return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)<share*2**32
+
+def clipart(bs, seed, root='/usr/share/openclipart/png', size=64):
+    "Drawings on white; the folder is the label. Kept as one file of tensors after the first time"
+    from PIL import Image
+    cache = out_dir/f'clipart-{size}.pt'
+    if not cache.exists():
+        root,xs,ys,valid = Path(root),[],[],[]
+        vocab = sorted(o.name for o in root.iterdir() if o.is_dir())
+        for f in sorted(root.rglob('*.png')):
+            try:
+                with Image.open(f) as im: im = im.convert('RGBA')
+            except Exception: continue  # three files do not open
+            white = Image.new('RGBA', im.size, 'white')
+            im = Image.alpha_composite(white, im).convert('RGB')
+            im.thumbnail((size,size), Image.Resampling.LANCZOS)
+            square = Image.new('RGB', (size,size), 'white')
+            square.paste(im, ((size-im.width)//2,(size-im.height)//2))
+            xs.append(torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size,size,3).permute(2,0,1))
+            ys.append(vocab.index(f.relative_to(root).parts[0]))
+            valid.append(held_out(f.name))
+        torch.save(dict(x=torch.stack(xs), y=torch.tensor(ys), valid=torch.tensor(valid), vocab=vocab), cache)
+    o = torch.load(cache)
+    splits = [(o['valid']==v).nonzero()[:,0].tolist() for v in (False,True)]
+    return tensor_dls(o['x'], o['y'], o['vocab'], bs=bs, splits=splits, device='cpu')
+
+datasets = dict( # its DataLoaders, the widths of the encoder, batch size and epochs of the comparison
+    fashion=(fashion, (32,64,128,256), 128, 4),
+    digits=(digits, (16,32,64,128), 64, 40),
+    clipart=(clipart, (32,64,128,256), 128, 4))
+
+# --- callbacks of levers that are no settings -------------------------------------------------------------------------
+class Average(Callback):
+    "A moving average of the weights, which takes their place after the fit"
+    order = 80
+    def __init__(self, decay=.99): self.decay = decay
+    def before_fit(self): self.mean = copy.deepcopy(self.learn.model.state_dict())
+    def after_step(self):
+        for m,v in zip(self.mean.values(), self.learn.model.state_dict().values()):
+            if m.is_floating_point(): m.lerp_(v, 1-self.decay)
+            else: m.copy_(v)
+    def after_fit(self): self.learn.model.load_state_dict(self.mean)
+
+class Stages(Callback):
+    "Other pipelines from given shares of the fit on"
+    def __init__(self, stages): self.stages = stages  # (share, settings of the pipelines that differ)
+    def before_fit(self): self.now = None
+    def before_batch(self):
+        if not self.training: return
+        i = max(i for i,(share,_) in enumerate(self.stages) if self.learn.pct_train>=share)
+        if i==self.now: return
+        self.now = i
+        args = self.learn.recipe['augs'] | self.stages[i][1]
+        self.learn.swav.aug_pipelines = get_swav_aug_pipelines(**args)
+Stages.order = -5  # before the crops are cut
+
+class FirstProtos(Callback):
+    "Prototypes by spherical k-means of the embeddings of some batches"
+    def __init__(self, n_batches=16): self.n_batches = n_batches
+    @torch.no_grad()
+    def before_fit(self):
+        model,xs = self.learn.model,[]
+        model.train()
+        state = copy.deepcopy(model.state_dict())
+        for i,b in enumerate(self.dls.train):
+            if i==self.n_batches: break
+            xs += [model.embed([o]).float() for o in self.learn.swav.cut(b[0])[:2]]
+        model.load_state_dict(state)
+        x = F.normalize(torch.cat(xs), dim=1)
+        c = x[torch.randperm(len(x))[:len(model.prototypes.weight)]]
+        for _ in range(20):
+            own = (x @ c.T).argmax(1)
+            new = torch.zeros_like(c).index_add_(0, own, x)
+            c = torch.where(new.norm(dim=1, keepdim=True)>0, F.normalize(new, dim=1), c)
+        model.prototypes.weight.copy_(c)
+FirstProtos.order = 9
+
+# --- the levers -------------------------------------------------------------------------------------------------------
+small = dict(layers=(1,1,1,1))
+levers = { # bs and epochs (of 4), as factors; lr as a factor of the recipe's; settings of swav_learner; callbacks
+    'base': {},
+    'jitter 2x': dict(set=dict(jitter_s=1.)),
+    'jitter 3x': dict(set=dict(jitter_s=1.5)),
+    'batch 64': dict(bs=.5),
+    'crops 24+14': dict(set=dict(crop_sizes=(24,14)), epochs=1.5),  # epochs: for the same time
+    'crops 20+14': dict(set=dict(crop_sizes=(20,14)), epochs=1.75),
+    'crops 20+12': dict(set=dict(crop_sizes=(20,12)), epochs=2),
+    'lr 2x': dict(lr=2.),
+    'lr 0.5x': dict(lr=.5),
+    '2 small crops': dict(set=dict(num_crops=(2,2)), epochs=1.25),
+    '8 small crops': dict(set=dict(num_crops=(2,8)), epochs=.75),
+    'temp 0.2': dict(set=dict(temp=.2)),
+    'eps 0.05': dict(set=dict(eps=.05)),
+    '4x prototypes': dict(set=dict(n_protos=512)),
+    'frozen less': dict(set=dict(freeze_protos_pct=.01)),
+    'prototypes by k-means': dict(cbs=[FirstProtos]),
+    'averaged weights': dict(cbs=[Average]),
+    'milder crops': dict(set=dict(min_scales=(.5,.2), max_scales=(1.,.5))),
+    'smaller crops of more': dict(set=dict(min_scales=(.25,.08), max_scales=(1.,.3))),
+}
+
+def together(*names):
+    "Levers at once"
+    r = dict(set={})
+    for n in names:
+        for k,v in levers[n].items():
+            if k=='set': r['set'] |= v
+            elif k in ('bs','epochs','lr'): r[k] = r.get(k, 1)*v
+            else: r[k] = v
+    return r
+
+levers['j2 b64'] = together('jitter 2x', 'batch 64')
+for _name in list(levers)[4:-1]: levers[f'j2 b64 {_name}'] = together('jitter 2x', 'batch 64', _name)
+
+def whitened(train, valid):
+    "Features in the directions of the training features' PCA, at unit variance"
+    (x,y),(xv,yv) = train,valid
+    mean = x.double().mean(0)
+    w,v = torch.linalg.eigh((x.double()-mean).T @ (x.double()-mean)/len(x))
+    v = v[:,w>1e-8*w.max()]/w[w>1e-8*w.max()].sqrt()
+    return [(((o.double()-mean)@v).float(),t) for o,t in ((x,y),(xv,yv))]
+
+def few_probe(train, valid, n, seed):
+    (x,y),idxs = train,few_label_idxs(train[1], n, seed=seed)
+    return linear_probe((x[idxs],y[idxs]), valid, C=.01).top1
+
+def measure(dls, encoder):
+    "20-NN, whitened 20-NN, probes with 10 labels (mean of five draws) and 60 labels of each class (of two)"
+    train,valid = (extract_features(nn.Flatten() if encoder is None else encoder, dl, progress=False) for dl in dls)
+    few = dict(ten=statistics.mean(few_probe(train, valid, 10, s) for s in range(5)),
+               sixty=statistics.mean(few_probe(train, valid, 60, s) for s in range(2))) if len(train[1])>5000 else {}
+    return dict(knn=knn_accuracy(train, valid), white=knn_accuracy(*whitened(train, valid)), **few)
+
+class Clock(Callback):
+    "CPU seconds of a fit, loading included"
+    order = 95
+    def before_fit(self): self.start = time.process_time()
+    def after_fit(self): self.cpu = time.process_time()-self.start
+
+def run(data, lever, seed, length=1.):
+    "Train once"
+    make,channels,bs,epochs = datasets[data]
+    lever = levers[lever] if isinstance(lever, str) else lever
+    bs,epochs = round(bs*lever.get('bs', 1)),max(1, round(epochs*lever.get('epochs', 1)*length))
+    dls = make(bs, seed)
+    set_seed(seed)
+    clock = Clock()
+    cbs = [NoValidation(), clock, *(f() for f in lever.get('cbs', ()))]
+    learn = swav_learner(dls, 'resnet18', encoder=small|dict(channels=channels), cbs=cbs, **lever.get('set', {}))
+    learn.remove_cb(ProgressCallback).logger = lambda *_: None
+    args = dict(lr_max=learn.lr*lever.get('lr', 1)) | lever.get('cycle', {})
+    if lever.get('fit')=='cosine': learn.fit_flat_cos(epochs, args['lr_max'], **lever.get('cycle', {}))
+    else: learn.fit_one_cycle(epochs, **args)
+    encoder = learn.model.encoder
+    return encoder,dict(cpu=clock.cpu, epochs=epochs, bs=bs,
+                        loss=learn.collapse_monitor.history['loss/lnK'][-1],
+                        alarms=len(learn.collapse_monitor.alarms), **measure(dls, encoder))
+
+# --- pieces that are done once ----------------------------------------------------------------------------------------
+out_dir = here.parent/'runs'/'levers'
+
+def name_of(data, lever, seed, length):
+    return f"{data}-{lever}-{seed}".replace(' ', '_').replace('/', '_')+(f'-x{length:g}' if length!=1 else '')
+
+def piece(data, lever, seed, length=1., todo=True):
+    path = out_dir/(name_of(data, lever, seed, length)+'.json')
+    if path.exists(): return json.loads(path.read_text())
+    if not todo: return None
+    start = time.time()
+    if lever=='pixels': encoder,r = None,dict(cpu=0, **measure(datasets[data][0](64, seed), None))
+    else: encoder,r = run(data, lever, seed, length)
+    if encoder is not None:
+        save_file({k: v.contiguous() for k,v in encoder.state_dict().items()}, path.with_suffix('.safetensors'))
+    r |= dict(wall=time.time()-start)
+    tmp = path.with_suffix('.tmp')
+    tmp.write_text(json.dumps(r))
+    tmp.replace(path)
+    return r
+
+def table(data, seeds, length):
+    keys = dict(knn='20-NN', white='whitened', ten='10 labels', sixty='60 labels')
+    rows = [['lever','epochs','batch','CPU',*keys.values(),'seeds']]
+    for lever in ('pixels',*levers):
+        rs = [r for s in range(seeds) if (r := piece(data, lever, s, length, todo=False))]
+        if not rs: continue
+        means = [f'{100*statistics.mean(r[k] for r in rs):.1f}' if k in rs[0] else '' for k in keys]
+        rows.append([lever, str(rs[0].get('epochs', '')), str(rs[0].get('bs', '')),
+                     f"{statistics.mean(r['cpu'] for r in rs):.0f} s", *means, str(len(rs))])
+    return '\n'.join([line(rows[0]), line(['---']*len(rows[0])), *map(line, rows[1:])])
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--only', nargs='+', default=list(levers))
+    p.add_argument('--data', nargs='+', choices=list(datasets), default=['fashion'])
+    p.add_argument('--seeds', type=int, default=1)
+    p.add_argument('--length', type=float, default=1., help='of the fit, as a factor')
+    p.add_argument('--out', type=Path, default=out_dir)
+    p.add_argument('--table', action='store_true', help='only print what is done')
+    args = p.parse_args(argv)
+    globals()['out_dir'] = args.out
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    for seed in range(args.seeds):
+        for data in args.data:
+            for lever in args.only:
+                if not args.table:
+                    r = piece(data, lever, seed, args.length)
+                    print(f"{name_of(data, lever, seed, args.length)}: {json.dumps({k:v for k,v in r.items()})}",
+                          file=sys.stderr, flush=True)
+    for data in args.data: print(data, table(data, args.seeds, args.length), sep='\n\n', end='\n\n')
+
+if __name__=='__main__': main()
