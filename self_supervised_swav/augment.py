@@ -110,6 +110,7 @@ def get_batch_augs(
     resize_ratio:tuple=(3/4,4/3), # Smallest and largest width/height of a crop
     rotate_deg:float=30, # Largest angle, either way, in degrees
     jitter_s:float=1., # Strength of the jitter, times 0.8, 0.8, 0.8, 0.2 for brightness, contrast, saturation, hue
+    hue_s:float=1., # Strength of the hue's jitter, times `jitter_s`
     blur_s:tuple=(.1,2.), # Smallest and largest standard deviation of the blur, in pixels of the crop
     same_on_batch:bool=False, # All images of a batch get the same parameters?
     flip_p:float=.5, # Probability of a horizontal flip
@@ -131,11 +132,12 @@ def get_batch_augs(
         _check(name, p, _is_real(p) and 0<=p<=1, 'a probability between 0 and 1')
     _check('rotate_deg', rotate_deg, _is_real(rotate_deg) and 0<=rotate_deg<=180, 'between 0 and 180 degrees')
     _check('jitter_s', jitter_s, _is_real(jitter_s) and 0<=jitter_s<=2.5, 'between 0 and 2.5 (a hue of half a turn)')
+    _check('hue_s', hue_s, _is_real(hue_s) and 0<=hue_s*jitter_s<=2.5, 'between 0 and 2.5, jitter_s included')
     if stats is not None: stats = _check_stats(stats)
     rotate_p,jitter_p,bw_p,blur_p = rotate_p*bool(rotate),jitter_p*bool(jitter),bw_p*bool(bw),blur_p*bool(blur)
     aug = (ExactAugment if exact else FusedAugment)(
         int(size), resize_scale, resize_ratio, flip_p, rotate_p, (-rotate_deg,rotate_deg), jitter_p,
-        tuple(jitter_s*s for s in (.8,.8,.8,.2)), bw_p, blur_p, blur_s, stats, same_on_batch)
+        tuple(jitter_s*s for s in (.8,.8,.8,.2*hue_s)), bw_p, blur_p, blur_s, stats, same_on_batch)
     return Pipeline([BatchAugment(aug), *xtra_tfms], split_idx=0)
 
 # %% ../nbs/12_augment.ipynb #b39eca75

@@ -95,7 +95,7 @@ def get_moco_aug_pipelines(
 )->list:
     "Pipelines for MoCo: the augmentations of the official code's version 1 or 2"
     _check_version(version)
-    own = dict(blur=False, jitter_p=1., jitter_s=.5) if version==1 else dict(jitter_s=.5)
+    own = dict(blur=False, jitter_p=1., jitter_s=.5, hue_s=4.) if version==1 else dict(jitter_s=.5)
     return get_simclr_aug_pipelines(size, num_crops, crop_sizes, min_scales, max_scales, rotate, **own|kwargs)
 
 def _check_version(version):

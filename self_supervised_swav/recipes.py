@@ -7,15 +7,13 @@ __all__ = ['paper_recipe', 'Recipe', 'swav_recipe']
 
 # %% ../nbs/04_recipes.ipynb #5ab59802
 import math
+from functools import partial
 from html import escape
 
 # %% ../nbs/04_recipes.ipynb #21a88779
-def paper_recipe(
-    batch_size=256, # 256: small batches with a queue; 4096: large batches with warm-up and no queue
-    n_epochs=None,  # Length of the fit; by default that of the longest run in the paper's tables (400 or 800)
-) -> dict: # Keyword arguments, by the function that takes them
-    "The official hyper-parameters of SwAV for ImageNet and a ResNet-50"
-    if batch_size not in (256, 4096): raise ValueError(f"batch_size must be 256 or 4096, got {batch_size}")
+def _swav_paper(batch_size=256, n_epochs=None):
+    "4 or 64 GPUs: scripts/swav_*ep_bs256_pretrain.sh, scripts/swav_*ep_pretrain.sh"
+    _check_batch(batch_size, (256,4096))
     small = batch_size == 256
     if n_epochs is None: n_epochs = 400 if small else 800
     min_epochs = 1 if small else 10                   # the warm-up of large batches takes 10 epochs
@@ -51,6 +49,105 @@ def paper_recipe(
             warmup=0 if small else 10,                # --warmup_epochs
             start_lr=0. if small else 0.3,            # --start_warmup
             final_lr=0.0006 if small else 0.0048))    # --final_lr: a thousandth of the peak
+
+def _check_batch(batch_size, allowed):
+    text = ' or '.join([', '.join(map(str, allowed[:-1])), str(allowed[-1])][len(allowed)==1:])
+    if batch_size not in allowed: raise ValueError(f"batch_size must be {text}, got {batch_size}")
+
+# %% ../nbs/04_recipes.ipynb #b1d07c12
+def _check_epochs(n_epochs, least):
+    if n_epochs<least: raise ValueError(f"n_epochs must be at least {least}, got {n_epochs}")
+
+def _simclr_paper(batch_size=4096, n_epochs=1000):
+    "The defaults of run.py, which its README calls those of the paper"
+    _check_batch(batch_size, (256,512,1024,2048,4096,8192))  # those of Figure 9
+    _check_epochs(n_epochs, 10)                       # the warm-up takes 10 epochs
+    return dict(
+        dls = dict(bs=batch_size, drop_last=True),    # --train_batch_size
+        model = dict(
+            hidden_size=2048,                         # as wide as the features of a ResNet-50 (projection_head)
+            projection_size=128),                     # --head_proj_dim
+        augs = dict(
+            num_crops=(2,),                           # two crops of each image
+            crop_sizes=(224,),                        # --image_size
+            min_scales=(.08,),                        # area_range of crop_and_resize
+            max_scales=(1.,),
+            jitter_s=1.,                              # --color_jitter_strength; with p=0.8, gray with 0.2
+            blur_s=(.1,2.)),                          # random_blur, for half of the crops
+        simclr = dict(temp=.1),                       # --temperature
+        opt = dict(
+            mom=.9,                                   # --momentum
+            wd=1e-6,                                  # --weight_decay
+            trust_coeff=.001),                        # eeta of lars_optimizer.py
+        fit = dict(
+            n_epoch=n_epochs,
+            lr=.3*batch_size/256,                     # --learning_rate 0.3 for each 256 images
+            warmup=10,                                # --warmup_epochs
+            start_lr=0.,
+            final_lr=0.))                             # a cosine to zero
+
+def _moco_paper(batch_size=256, n_epochs=None, version=2):
+    "The defaults of main_moco.py (version 1); with --mlp --moco-t 0.2 --aug-plus --cos (version 2)"
+    _check_batch(batch_size, (128,256))               # --batch-size on 8 GPUs; README has 128 on 4
+    if n_epochs is None: n_epochs = 200 if version==1 else 800
+    _check_epochs(n_epochs, 1)
+    lr = .03*batch_size/256                           # --lr, and the linear rule of README
+    steps = dict(n_epoch=n_epochs, lr=lr,
+                 drops=(.6,.8))                       # --schedule 120 160 of 200 epochs, each to a tenth
+    cosine = dict(n_epoch=n_epochs, lr=lr, warmup=0, start_lr=0., final_lr=0.)  # --cos
+    return {
+        'dls': dict(bs=batch_size, drop_last=True),
+        'model': dict(
+            hidden_size=2048,                         # --mlp: as wide as the features of a ResNet-50
+            projection_size=128,                      # --moco-dim
+            nlayers=version,                          # without --mlp a linear layer
+            bn=False,
+            bn_splits=batch_size//32),                # 32 images on each GPU, normalized alone
+        'augs': dict(
+            version=version,                          # --aug-plus
+            num_crops=(2,),                           # TwoCropsTransform
+            crop_sizes=(224,),
+            min_scales=(.2,),                         # RandomResizedCrop(224, scale=(0.2, 1.))
+            max_scales=(1.,)),
+        f'mocov{version}': dict(
+            version=version,
+            K=65536,                                  # --moco-k
+            m=.999,                                   # --moco-m
+            temp=.07 if version==1 else .2),          # --moco-t
+        'learner': dict(wd_bn_bias=True),             # nothing is left out of the weight decay
+        'opt': dict(
+            mom=.9,                                   # --momentum
+            wd=1e-4,                                  # --weight-decay
+            decouple_wd=False),                       # inside the gradient, as torch.optim.SGD has it
+        'fit': steps if version==1 else cosine}
+
+def _deepcluster_paper(batch_size=4096, n_epochs=800):
+    "64 GPUs: scripts/deepclusterv2_800ep_pretrain.sh"
+    _check_batch(batch_size, (4096,))
+    _check_epochs(n_epochs, 10)                       # --warmup_epochs 10
+    r = _swav_paper(4096, n_epochs)                   # data, crops, optimizer and schedule are those of SwAV
+    del r['swav']
+    r['model']['n_protos'] = (3000,)*3                # --nmb_prototypes 3000 3000 3000
+    return r|dict(deepclusterv2 = dict(
+        crop_assgn_ids=[0, 1],                        # --crops_for_assign
+        temp=.1,                                      # --temperature
+        n_kmeans_iter=10))                            # nmb_kmeans_iters of cluster_memory
+
+# %% ../nbs/04_recipes.ipynb #b1d07c14
+_papers = dict(swav=_swav_paper, simclr=_simclr_paper, mocov1=partial(_moco_paper, version=1),
+               mocov2=partial(_moco_paper, version=2), deepclusterv2=_deepcluster_paper)
+
+def paper_recipe(
+    method='swav',  # 'swav', 'simclr', 'mocov1', 'mocov2' or 'deepclusterv2'
+    batch_size=None,# One that the paper or its code has; SwAV: 256 with a queue, 4096 with warm-up and no queue
+    n_epochs=None,  # Length of the fit; by default that of the longest run in the paper's tables
+) -> dict: # Keyword arguments, by the function that takes them
+    "The published hyper-parameters of a method for ImageNet and a ResNet-50"
+    if not isinstance(method, str):                   # paper_recipe(256), paper_recipe(256, 400)
+        method,batch_size,n_epochs = 'swav',method,batch_size if n_epochs is None else n_epochs
+    if method not in _papers: raise ValueError(f"method must be one of {', '.join(map(repr, _papers))}, got {method!r}")
+    given = dict(batch_size=batch_size, n_epochs=n_epochs)
+    return _papers[method](**{k: v for k,v in given.items() if v is not None})
 
 # %% ../nbs/04_recipes.ipynb #60202c04
 class Recipe(dict):

@@ -7,7 +7,7 @@ __all__ = ['parse_settings', 'EpochHistory', 'SaveEncoder', 'EpochLines', 'stop_
            'resumed_args', 'PretrainRun', 'find_encoder']
 
 # %% ../nbs/37_runs.ipynb #388a603e
-import ast, json, os, shlex, signal, sys, threading, time
+import ast, json, os, re, shlex, signal, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -187,7 +187,7 @@ class PretrainRun:
         try: learn = pretrain_learner(dls, a.arch or 'resnet18', a.method, encoder, cbs=cbs, **flips | given)
         except TypeError as e:
             if 'has no setting' in str(e) or 'takes no argument' in str(e):
-                raise ValueError(f"{e}".replace(f'{a.method}_learner', '--set')) from e
+                raise ValueError(re.sub(r'^\w+_learner(?= has)', '--set', str(e))) from e
             raise
         learn.recipe.reasons |= dict.fromkeys(chosen, f'chosen for {a.source}')
         return learn

@@ -6,7 +6,8 @@ from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Adam, SGD
 from self_supervised_swav import learner, precision
 from self_supervised_swav.encoders import create_encoder
-from self_supervised_swav.learner import pretrain_learner, swav_learner
+from self_supervised_swav.learner import (deepcluster_learner, moco_learner, pretrain_learner, simclr_learner,
+                                          swav_learner)
 from self_supervised_swav.monitor import CollapseMonitor
 from self_supervised_swav.optimizer import lars
 from self_supervised_swav.recipes import paper_recipe, swav_recipe
@@ -119,6 +120,48 @@ def test_paper_recipe():
     assert learn.lr==.6 and learn.swav.queue_start_pct==.75
     assert learn.recipe['fit']==r['fit'] and r['model']['n_protos']==3000
     learn.fit_warmup_cos(1, lr=.01)
+
+@pytest.mark.parametrize('method,opt,fit', [
+    ('simclr',lars,'fit_warmup_cos'), ('mocov1',SGD,'fit_steps'), ('mocov2',SGD,'fit_warmup_cos'),
+    ('deepclusterv2',lars,'fit_warmup_cos')])
+def test_paper_recipe_of_every_method(method, opt, fit):
+    r = paper_recipe(method)
+    n_sizes = len(r['augs']['crop_sizes'])
+    small_ones = dict(crop_sizes=(16,10)[:n_sizes], min_scales=(.5,.3)[:n_sizes], max_scales=(1.,.5)[:n_sizes])
+    if 'moco' in method: small_ones |= dict(K=32, blur=False)
+    if method=='deepclusterv2': small_ones['n_protos'] = 5
+    seed_all()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn = pretrain_learner(digits(60), 'resnet18', method, encoder=small, recipe=r, opt_func=opt, bf16=False,
+                                 small_images=True, hidden_size=16, projection_size=8, **small_ones)
+    assert learn.lr==r['fit']['lr'] and learn.wd_bn_bias==('moco' in method)
+    with learn.no_bar(), learn.no_logging(): getattr(learn, fit)(**r['fit']|dict(n_epoch=10), start_epoch=9)
+    # what the optimizer is told: momentum and decay inside the gradient, as in the papers' code
+    assert learn.opt.hypers[0]['wd']==r['opt']['wd'] and learn.opt.hypers[0]['mom']==.9
+    assert torch.stack(learn.recorder.losses).isfinite().all()
+
+def test_recipe_of_another_method_is_refused():
+    with pytest.raises(ValueError, match='recipe must be one of mocov1, got one of mocov2'):
+        moco_learner(digits(60), 'resnet18', version=1, recipe=paper_recipe('mocov2'))
+
+@pytest.mark.parametrize('function,method,given', [
+    (simclr_learner,'simclr',dict(temp=.3)), (moco_learner,'mocov2',dict(m=.5)),
+    (partial(moco_learner, version=1),'mocov1',dict(m=.5)), (deepcluster_learner,'deepclusterv2',dict(n_kmeans_iter=3))])
+def test_every_method_has_a_learner(function, method, given):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        a = function(digits(60), 'resnet18', encoder=small, **given)
+        b = pretrain_learner(digits(60), 'resnet18', method, encoder=small, callback=given)
+    group = method.removesuffix('v2').removesuffix('v1')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        c = function(digits(60), 'resnet18', encoder=small, **{group: given})
+    assert str(a.recipe)==str(b.recipe)==str(c.recipe) and a.recipe[method].items()>=given.items()
+    known = [n for ns in learner.setting_groups(method).values() for n in ns]
+    assert {*known,group}<=set(inspect.signature(function).parameters)
+    with pytest.raises(TypeError, match=f"{group}_learner has no setting 'tempp': did you mean 'temp'"):
+        function(digits(60), 'resnet18', tempp=1)
 
 def test_recipe_of_another_run_is_taken_whole():
     r = swav_recipe(10_000, 256, 28, n_classes=2).override(swav=dict(eps=.07))

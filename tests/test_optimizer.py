@@ -1,5 +1,5 @@
 "`lars` against the rule as the official code computes it, and `fit_warmup_cos` against its arrays"
-import math, pickle
+import copy, math, pickle
 from functools import partial
 
 import numpy as np, pytest, torch
@@ -7,6 +7,7 @@ from fastai.callback.core import Callback
 from fastai.callback.training import ShortEpochCallback
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
+from fastai.optimizer import SGD
 from fastai.test_utils import synth_dbunch
 from torch import nn
 
@@ -215,3 +216,33 @@ def test_bad_recipe(bad):
 
 def test_short_recipe_never_starts_its_queue():
     assert paper_recipe(256, n_epochs=10)['swav']['queue_start_pct'] == 1.
+
+# --- MoCo's schedule and optimizer ------------------------------------------------------------------------------------
+@pytest.mark.parametrize('n_iter,epochs,milestones', [(3,200,(120,160)), (7,20,(12,16)), (1,5,(1,2,4))])
+def test_steps_are_those_of_moco(n_iter, epochs, milestones):
+    "A rate that falls to a tenth at each milestone, an epoch's number"
+    learn = learner(n_train=n_iter)
+    learn.fit_steps(epochs, lr=.03, drops=[o/epochs for o in milestones])
+    wanted = [.03*.1**sum(e>=m for m in milestones) for e in range(epochs) for _ in range(n_iter)]
+    np.testing.assert_allclose(learn.recorder.lrs, wanted, rtol=1e-12)
+
+def test_steps_keep_their_place_and_refuse_epochs():
+    learn = learner(n_train=3)
+    learn.fit_steps(10, lr=1., start_epoch=7)
+    np.testing.assert_allclose(learn.recorder.lrs, np.repeat([.1,.01,.01], 3), rtol=1e-12)
+    for bad,text in ((dict(drops=(3,)),'drops must be shares'), (dict(drops=()),'drops must be'), (dict(factor=0),'factor must be')):
+        with pytest.raises(ValueError, match=text): learn.fit_steps(10, **bad)
+
+def test_sgd_of_the_moco_recipe_is_that_of_torch():
+    "Momentum and a decay inside the gradient, of biases and batch norm too"
+    r = paper_recipe('mocov2')
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)).double()
+    twin,x = copy.deepcopy(model),torch.randn(5, 6, 3, dtype=torch.double)
+    ours = SGD(list(model.parameters()), lr=.03, **r['opt']|dict(wd=.1))
+    theirs = torch.optim.SGD(twin.parameters(), lr=.03, momentum=.9, weight_decay=.1)
+    for b in x:
+        for m,o in ((model,ours),(twin,theirs)):
+            m(b).square().sum().backward()
+            o.step()
+            o.zero_grad()
+    for a,b in zip(model.parameters(), twin.parameters()): torch.testing.assert_close(a, b)
