@@ -145,7 +145,9 @@ def train_lightly(arm, s, bs, seed, n_steps=None):
                 if i==n_steps: return
     return run,encoder
 
-def training(arm, *args, **kwargs): return (train_ours if arms[arm][1] is not None else train_lightly)(arm, *args, **kwargs)
+def training(arm, *args, **kwargs):
+    f = train_ours if arms[arm][1] is not None else train_lightly
+    return f(arm, *args, **kwargs)
 
 def few_steps(arm, s, bs, small=False):
     "A function that makes two steps, to see what memory they take"
@@ -182,7 +184,8 @@ def pretrained(out, arm, s, bs, seed, todo=True):
 
 def untrained(out, s, seed, todo=True):
     bs = s['batches'][0]
-    key = dict({k:v for k,v in s.items() if k not in ('batches','epochs')}, seed=seed, arch=arch, torch=torch.__version__)
+    key = {k:v for k,v in s.items() if k not in ('batches','epochs')}
+    key |= dict(seed=seed, arch=arch, torch=torch.__version__)
     def f(): return judged(get_dls(s, bs, seed), new_encoder(s, seed), s, bs, seed)
     return piece(out, f'untrained-{seed}', key, f if todo else None)
 
@@ -192,19 +195,20 @@ def memory(out, arm, s, bs, todo=True):
     return piece(out, f'memory-{arm}-{bs}', key, f if todo else None)
 
 # --- the table --------------------------------------------------------------------------------------------------------
-columns = ('method','batch','20-NN','linear probe','labels','CPU time of an epoch','peak memory of a step','seeds')
+signs = ('knn','probe','few')
 
 def rows(out, s, seeds):
     "The rows of the table, from the pieces that there are"
     base = [r for i in range(seeds) if (r := untrained(out, s, i, todo=False))]
-    if base: yield ['untrained encoder','',*(fmt([r[k] for r in base]) for k in ('knn','probe','few')),'','',str(len(base))]
+    def judged(rs): return [fmt([r[k] for r in rs]) for k in signs]
+    if base: yield ['untrained encoder','',*judged(base),'','',str(len(base))]
     for arm in arms:
         for bs in s['batches']:
             runs = [r for i in range(seeds) if (r := pretrained(out, arm, s, bs, i, todo=False))]
             if not runs: continue
             m = memory(out, arm, s, bs, todo=False)
-            yield [arm,str(bs),*(fmt([r[k] for r in runs]) for k in ('knn','probe','few')),
-                   f"{statistics.median(r['cpu'] for r in runs):.2f} s",f"{m['peak']:.0f} MB" if m else '',str(len(runs))]
+            times = f"{statistics.median(r['cpu'] for r in runs):.2f} s"
+            yield [arm,str(bs),*judged(runs),times,f"{m['peak']:.0f} MB" if m else '',str(len(runs))]
 
 # what the articles say, and the two arms that show it: the first is said to be better
 claims = [('multi-crop helps SwAV','SwAV','SwAV, two crops'), ('multi-crop helps SimCLR','SimCLR, multi-crop','SimCLR'),
@@ -221,28 +225,24 @@ def difference(pairs, k):
 def claim_rows(out, s, seeds):
     "Claims of the articles beside what is measured, seed by seed"
     def runs(arm, bs): return {i: r for i in range(seeds) if (r := pretrained(out, arm, s, bs, i, todo=False))}
-    for text,a,b in claims:
-        for bs in s['batches']:
-            x,y = runs(a, bs),runs(b, bs)
-            pairs = [(x[i],y[i]) for i in x if i in y]
-            if pairs: yield [text,f'{a} - {b}',str(bs),*(difference(pairs, k) for k in ('knn','probe','few'))]
-    if len(s['batches'])<2: return
-    small,large = s['batches']
-    for arm in ('SwAV','SimCLR'):
-        x,y = runs(arm, large),runs(arm, small)
+    small,large = s['batches'][0],s['batches'][-1]
+    cases = [(text,f'{a} - {b}',str(bs),runs(a, bs),runs(b, bs)) for text,a,b in claims for bs in s['batches']]
+    if small!=large:
+        text = 'SwAV is less sensitive to the batch than SimCLR'
+        cases += [(text,f'{arm}: large - small batch',f'{large}, {small}',runs(arm, large),runs(arm, small))
+                  for arm in ('SwAV','SwAV, two crops','SimCLR')]
+    for *said,x,y in cases:
         pairs = [(x[i],y[i]) for i in x if i in y]
-        if pairs: yield ['SwAV is less sensitive to the batch than SimCLR',f'{arm}, large - small batch',f'{large}, {small}',
-                         *(difference(pairs, k) for k in ('knn','probe','few'))]
+        if pairs: yield [*said,*(difference(pairs, k) for k in signs)]
 
 def report(out, s, seeds):
     "Both tables in Markdown"
     def markdown(names, rs): return '\n'.join([line(names), line(['---']*len(names)), *map(line, rs)])
-    names = [f"{s['labels']} labels a class: probe" if o=='labels' else o for o in columns]
-    text = markdown(names, list(rows(out, s, seeds)))
+    judges = '20-NN','linear probe',f"{s['labels']} labels a class: probe"
+    text = markdown(['method','batch',*judges,'CPU time of an epoch','peak memory of a step','seeds'],
+                    list(rows(out, s, seeds)))
     said = list(claim_rows(out, s, seeds))
-    if said: text += '\n\n' + markdown(['claim','difference in points, mean over seeds (seeds in which it is positive)','batch','20-NN',
-                                        'linear probe',names[4]], said)
-    return text
+    return f"{text}\n\n{markdown(['claim','difference','batch',*judges], said)}" if said else text
 
 begin,end = '<!-- methods: written by `make bench-methods` -->','<!-- methods: end -->'
 
@@ -257,7 +257,7 @@ def main(argv=None):
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--only', nargs='+', choices=list(arms), default=list(arms))
     p.add_argument('--data', choices=['digits','fashion-mnist'], default='digits')
-    p.add_argument('--epochs', type=int, help=f"of pretraining (default: {full['epochs']}, fashion-mnist {fashion['epochs']})")
+    p.add_argument('--epochs', type=int, help=f"(default: {full['epochs']}; fashion-mnist: {fashion['epochs']})")
     p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
     p.add_argument('--out', type=Path, default=here.parent/'runs'/'methods')
     p.add_argument('--quick', action='store_true', help='a tiny network: does it run?')
@@ -271,8 +271,9 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # CPU times of one thread compare on a machine that does other things
     todo = [partial(untrained, out, s, i) for i in range(args.seeds)]
-    todo += [partial(pretrained, out, arm, s, bs, i) for i in range(args.seeds) for arm in args.only for bs in s['batches']]
-    if not args.quick: todo += [partial(memory, out, arm, s, bs) for arm in args.only for bs in s['batches']]
+    cases = [(arm,s,bs) for arm in args.only for bs in s['batches']]
+    todo += [partial(pretrained, out, *o, i) for i in range(args.seeds) for o in cases]
+    if not args.quick: todo += [partial(memory, out, *o) for o in cases]
     for f in [] if args.table else todo:
         if time.time()-start>60*args.minutes: break
         f()

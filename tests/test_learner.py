@@ -147,7 +147,8 @@ def test_recipe_of_another_method_is_refused():
 
 @pytest.mark.parametrize('function,method,given', [
     (simclr_learner,'simclr',dict(temp=.3)), (moco_learner,'mocov2',dict(m=.5)),
-    (partial(moco_learner, version=1),'mocov1',dict(m=.5)), (deepcluster_learner,'deepclusterv2',dict(n_kmeans_iter=3))])
+    (partial(moco_learner, version=1),'mocov1',dict(m=.5)),
+    (deepcluster_learner,'deepclusterv2',dict(n_kmeans_iter=3))])
 def test_every_method_has_a_learner(function, method, given):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

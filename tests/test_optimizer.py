@@ -230,8 +230,8 @@ def test_steps_keep_their_place_and_refuse_epochs():
     learn = learner(n_train=3)
     learn.fit_steps(10, lr=1., start_epoch=7)
     np.testing.assert_allclose(learn.recorder.lrs, np.repeat([.1,.01,.01], 3), rtol=1e-12)
-    for bad,text in ((dict(drops=(3,)),'drops must be shares'), (dict(drops=()),'drops must be'), (dict(factor=0),'factor must be')):
-        with pytest.raises(ValueError, match=text): learn.fit_steps(10, **bad)
+    for name,bad in (('drops',(3,)), ('drops',()), ('factor',0)):
+        with pytest.raises(ValueError, match=f'{name} must be'): learn.fit_steps(10, **{name: bad})
 
 def test_sgd_of_the_moco_recipe_is_that_of_torch():
     "Momentum and a decay inside the gradient, of biases and batch norm too"
