@@ -118,8 +118,9 @@ levers = { # bs and epochs (of 4), as factors; lr as a factor of the recipe's; s
     'jitter 3x': dict(set=dict(jitter_s=1.5)),
     'batch 64': dict(bs=.5),
     'crops 24+14': dict(set=dict(crop_sizes=(24,14)), epochs=1.5),  # epochs: for the same time
-    'crops 20+14': dict(set=dict(crop_sizes=(20,14)), epochs=1.75),
-    'crops 20+12': dict(set=dict(crop_sizes=(20,12)), epochs=2),
+    'crops 20+14': dict(set=dict(crop_sizes=(20,14)), epochs=1.5),
+    'crops 20+12': dict(set=dict(crop_sizes=(20,12)), epochs=1.75),
+    'crops 16+12': dict(set=dict(crop_sizes=(16,12)), epochs=2),
     'lr 2x': dict(lr=2.),
     'lr 0.5x': dict(lr=.5),
     '2 small crops': dict(set=dict(num_crops=(2,2)), epochs=1.25),
@@ -146,6 +147,9 @@ def together(*names):
 
 levers['j2 b64'] = together('jitter 2x', 'batch 64')
 for _name in list(levers)[4:-1]: levers[f'j2 b64 {_name}'] = together('jitter 2x', 'batch 64', _name)
+levers['j2 b64 crops 20+14 lr 2x'] = together('jitter 2x', 'batch 64', 'crops 20+14', 'lr 2x')
+levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
+levers['j2 crops 20+14'] = together('jitter 2x', 'crops 20+14')
 
 def whitened(train, valid):
     "Features in the directions of the training features' PCA, at unit variance"
