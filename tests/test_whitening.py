@@ -24,7 +24,7 @@ def rounding(x):
 def test_equals_sklearn(n, N):
     x,new = features(N),features(50, seed=1)
     want = torch.tensor(PCA(n, whiten=True, svd_solver='full').fit(x.numpy()).transform(new.numpy()))
-    got = Whitening.fit(x, n)(new)
+    got = Whitening.fit(x, n, 0.)(new)
     assert got.dtype==torch.float64 and rounding(x)<1e-5
     torch.testing.assert_close(got.abs(), want.abs(), atol=rounding(x), rtol=0)  # the sign means nothing
 
@@ -35,6 +35,7 @@ def test_shrinks_towards_the_mean_variance():
         got = Whitening.fit(x, shrink=s)(x).T.cov()
         want = (var/((1-s)*var+s*var.mean())).diag()
         torch.testing.assert_close(got, want, atol=rounding(x), rtol=0)
+    assert torch.equal(Whitening.fit(x).weight, Whitening.fit(x, shrink=2/300**.5).weight)
     y = Whitening.fit(x, shrink=1.)(x)  # a turn and one scale for all: distances stay as they were
     torch.testing.assert_close(torch.cdist(y, y)*var.mean().sqrt(), torch.cdist(x, x), atol=1e3*rounding(x), rtol=0)
 
