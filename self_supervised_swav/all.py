@@ -59,7 +59,7 @@ __all__ = [
     'code_overlap',
     'feature_spread', 'effective_rank',
     # the encoder and what it knows
-    'save_encoder', 'load_encoder', 'load_weights', 'encoder_settings', 'create_from_settings',
+    'save_encoder', 'load_encoder', 'load_weights', 'load_whitening', 'encoder_settings', 'create_from_settings',
     'extract_features', 'Whitening', 'nearest_neighbors', 'near_duplicates', 'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
     'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run',
     'folder_features', 'embed_images', 'group_images', 'sort_images']

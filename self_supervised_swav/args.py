@@ -130,6 +130,7 @@ class EmbedArgs(ImageArgs):
     folder:str # Folder of images, searched recursively
     # File to write: .npy, with the names in a .txt beside it, or .parquet (needs pyarrow)
     out:str = option('features.npy', short='o', metavar='FILE')
+    whiten:bool = False # Write whitened features, in which similar images are found more often
 
     def check(self):
         super().check()

@@ -6,7 +6,7 @@
 __all__ = ['folder_features', 'embed_images']
 
 # %% ../nbs/39_embed.ipynb #55fea3c5
-import sys
+import sys, warnings
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch
@@ -15,7 +15,7 @@ from fastai.torch_core import default_device
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
 from .args import EmbedArgs
-from .checkpoints import encoder_settings, load_encoder
+from .checkpoints import encoder_settings, load_encoder, load_whitening
 from .data import UnlabeledImageBlock, find_images
 from .evaluate import extract_features, normalized
 from .files import atomic_path, check_writable
@@ -29,7 +29,8 @@ def folder_features(
     bs:int=64, # Batch size
     skip_bad:bool=False, # Leave out files that are not readable images, instead of raising an error?
     num_workers:int|None=None, # Processes that load images (default: one for each core, up to 16)
-    device=None # Device, such as 'cpu' (default: the GPU if there is one)
+    device=None, # Device, such as 'cpu' (default: the GPU if there is one)
+    whiten:bool=False # Whitened as the encoder's file says, or else by these images
 )->tuple: # Features (n,d), float32 on the CPU, and the list of the n files
     "The features of all images in a folder, by the encoder of a run"
     path = find_encoder(run)
@@ -44,7 +45,12 @@ def folder_features(
     dblock = DataBlock(block, splitter=lambda o: (range(len(o)),[]), item_tfms=Resize(size))
     dls = dblock.dataloaders(files, bs=min(bs, len(files)), num_workers=num_workers, device=device)
     loader = normalized(dls, settings.get('stats')).train
-    return extract_features(load_encoder(path).to(device), loader, progress=sys.stdout.isatty())[0],files
+    layer = load_whitening(path) if whiten else None
+    if whiten and layer is None:
+        warnings.warn(f"{path} has no whitening: it is fitted to these {len(files)} images, so features of other "
+                      "folders do not compare with these")
+    layer = layer or whiten
+    return extract_features(load_encoder(path).to(device), loader, progress=sys.stdout.isatty(), whiten=layer)[0],files
 
 # %% ../nbs/39_embed.ipynb #1add6598
 def _write_npy(x, names, out):
@@ -68,7 +74,7 @@ def embed_images(
     if out.suffix=='.parquet' and not find_spec('pyarrow'):
         raise ImportError("parquet needs pyarrow: pip install pyarrow, or write .npy")
     check_writable(out.parent)
-    x,files = folder_features(args.run, root, args.bs, args.skip_bad, args.num_workers, args.device)
+    x,files = folder_features(args.run, root, args.bs, args.skip_bad, args.num_workers, args.device, args.whiten)
     names = [f.relative_to(root).as_posix() for f in files]
     (_write_npy if out.suffix=='.npy' else _write_parquet)(x.numpy(), names, out)
     return tuple(x.shape)

@@ -19,13 +19,14 @@ from fastai.torch_core import default_device, set_seed
 from .args import PretrainArgs, versions
 from .checkpoints import save_encoder
 from .data import random_split, subset
-from .evaluate import KNNMetric
+from .evaluate import KNNMetric, extract_features
 from .files import atomic_path, check_writable, has_state, write_json
 from .learner import pretrain_learner
 from .multiview import method_of
 from . import report  # noqa: F401  it patches Learner
 from .resume import ResumeTraining, TrainingStopped
 from .sources import ImageSource
+from .whitening import Whitening
 
 # %% ../nbs/37_runs.ipynb #d0bed74a
 def parse_settings(
@@ -67,7 +68,7 @@ class SaveEncoder(Callback):
     order,run_valid = EpochHistory.order+1,False
     def __init__(self, path, **settings): self.to,self.more = Path(path),settings
     def after_epoch(self): self.save()
-    def save(self): save_encoder(self.learn, self.to, **self.more)
+    def save(self, **more): save_encoder(self.learn, self.to, **self.more, **more)
 
 class EpochLines:
     "A logger for output that is not a terminal: one line per epoch"
@@ -222,10 +223,16 @@ class PretrainRun:
             elif not (self.args.resume or (self.out/'last.pth').exists()): self._undo(made)
             if isinstance(e, KeyboardInterrupt): e.signum = came[0] if came else signal.SIGINT
             raise
-        learn.save_encoder.save()
+        learn.save_encoder.save(whitening=self._whitening())
         title = f'{method_of(learn).title}: {self.images.source}'
         learn.pretrain_report(self.out/'report.html', labels=self._labels(), title=title, next_steps=self._next_steps())
         return self
+
+    def _whitening(self):
+        "Of the features of at most 5,000 training images; None where they are all alike"
+        x = extract_features(self.learn, _random_parts(self.learn.dls).train, progress=False)[0]
+        try: return Whitening.fit(x)
+        except ValueError: return None
 
     def _next_steps(self):
         "For the end of the report: what for, and the command"
