@@ -35,6 +35,7 @@ from .runs import *
 from .compare import *
 from .embed import *
 from .grouping import *
+from .explore import *
 
 # The modules hold more names, for those who build on them: `from self_supervised_swav.drawings import draw_image`
 __all__ = [
@@ -62,7 +63,8 @@ __all__ = [
     'save_encoder', 'load_encoder', 'load_weights', 'load_whitening', 'encoder_settings', 'create_from_settings',
     'extract_features', 'Whitening', 'nearest_neighbors', 'near_duplicates', 'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
     'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run',
-    'folder_features', 'embed_images', 'group_images', 'sort_images']
+    'folder_features', 'embed_images', 'group_images', 'sort_images', 'explore_page',
+    'explore_images']
 
 def __getattr__(name):
     "A name that was here in 0.1.0, from the module that has it now"

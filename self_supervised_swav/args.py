@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['option', 'check_arg', 'check_least', 'MachineArgs', 'ImageArgs', 'PretrainArgs', 'EvaluateArgs', 'label_part',
-           'EmbedArgs', 'GroupArgs', 'SortArgs', 'versions']
+           'EmbedArgs', 'GroupArgs', 'SortArgs', 'ExploreArgs', 'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
 import platform
@@ -165,6 +165,25 @@ class SortArgs(GroupArgs):
     def check(self):
         super().check()
         check_least('neighbors', self.neighbors, 0)
+
+# %% ../nbs/17_args.ipynb #5a0c7a21
+@dataclass
+class ExploreArgs(GroupArgs):
+    "Write a page with a map of images, their groups, nearest images and near-duplicates"
+    run:str # Folder of a run, or the file of its encoder
+    folder:str # Folder of images, searched recursively
+    out:str = option('map.html', short='o', metavar='FILE') # File to write
+    title:str = option(metavar='TEXT') # Title of the page (default: the name of the folder)
+    # How the map is made: pca, umap (needs umap-learn), or auto: umap where it is installed
+    projection:str = option('auto', metavar='HOW')
+    max_images:int = option(20_000, metavar='N') # Images on the page, a random part where there are more
+
+    def check(self):
+        super().check()
+        check_arg('projection', self.projection, lambda o: o in ('auto','pca','umap'), 'auto, pca or umap')
+        check_arg('out', self.out, lambda o: str(o).endswith(('.html','.htm')), 'a file that ends in .html')
+        check_least('max_images', self.max_images, 2)
+        check_arg('max_images', self.max_images, lambda o: o<=65_535, 'at most 65,535')
 
 # %% ../nbs/17_args.ipynb #743d7ff4
 def versions(

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 'exit_codes', 'command', 'pretrain', 'evaluate',
-           'embed', 'sort', 'create_parser', 'main', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
+           'embed', 'sort', 'explore', 'create_parser', 'main', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
 
 # %% ../nbs/49_cli.ipynb #7e5919ff
 import argparse, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from .args import EmbedArgs, EvaluateArgs, PretrainArgs, SortArgs, versions
+from .args import EmbedArgs, EvaluateArgs, ExploreArgs, PretrainArgs, SortArgs, versions
 
 # %% ../nbs/49_cli.ipynb #a28b3f62
 def flag_of(
@@ -139,6 +139,14 @@ def sort(args):
     from self_supervised_swav.grouping import sort_images
     groups = sort_images(args)
     print(f"Wrote {args.out}: {groups}; groups.csv lists them")
+
+# %% ../nbs/49_cli.ipynb #5a0c7a22
+@command(ExploreArgs)
+def explore(args):
+    "`swav explore`"
+    from self_supervised_swav.explore import explore_images
+    groups = explore_images(args)
+    print(f"Wrote {args.out}: {groups}; open it in a browser")
 
 # %% ../nbs/49_cli.ipynb #68583a1b
 _description = "Pretrain an image encoder without labels (SwAV), measure it, and use it."
