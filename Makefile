@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-machines test-oldest test-newest bench bench-quick bench-quality check lab readme clean
+.PHONY: help demo test test-slow test-machines test-oldest test-newest bench bench-quick bench-quality bench-methods check lab readme clean
 
 help:                                 ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -51,6 +51,9 @@ bench-quick: $(VENV)/.installed-dev   ## the same in under three minutes, only p
 
 bench-quality: $(VENV)/.installed-dev  ## what the features are worth on Fashion-MNIST, beside lightly's: about an hour, in pieces
 	$(BIN)/python -W ignore benchmarks/quality.py --write
+
+bench-methods: $(VENV)/.installed-dev  ## SwAV beside SimCLR, MoCo, DeepCluster-v2 and lightly's: in pieces that are not done twice
+	$(BIN)/python -W ignore benchmarks/methods.py --write
 
 check: $(VENV)/.installed-dev         ## are the package and README what the notebooks give?
 	$(BIN)/python tools/drift.py

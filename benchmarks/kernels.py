@@ -1,10 +1,17 @@
-"Codes and loss against lightly's, and against the machine"
+"Codes, losses and the momentum update against lightly's, and against the machine"
+import copy
+from functools import partial
+
 import torch, torch.nn.functional as F
-from lightly.loss import SwaVLoss
+from lightly.loss import NTXentLoss, SwaVLoss
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
+from lightly.models.utils import update_momentum
 
 from harness import Row, exponent, fmt_time, peak_memory, race
+from self_supervised_swav.contrastive import info_nce, nt_xent
+from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.losses import swapped_loss
+from self_supervised_swav.moco import create_moco_model
 from self_supervised_swav.sinkhorn import sinkhorn
 
 def cosines(*shape, device='cpu', dim=128):
@@ -76,6 +83,53 @@ def loss_rows(sizes=((8,8,30),(8,256,3000)), rounds=9, device='cpu', memory=True
         a,b = (peak_memory(loss_and_grad, n, V, B, K, device, device=device)/2**20 for n in ('this package','lightly'))
         yield Row('loss + gradient: peak memory', size, f'{a:.0f} MB', 'lightly', f'{b:.0f} MB', f'1/{b/a:.1f}',
                   '1/2 (1/3)')
+
+# --- contrastive losses and the momentum encoder ----------------------------------------------------------------------
+def _value_and_grad(f, x):
+    "A function that computes `f` and its gradient"
+    def run():
+        z = x.detach().requires_grad_()
+        loss = f(z)
+        return loss.detach(),torch.autograd.grad(loss, z)[0]
+    return run
+
+def contrastive_contestants(N, K=None, device='cpu', dim=128):
+    "NT-Xent of two crops of `N` images, or InfoNCE of `N` queries with a queue of `K`"
+    torch.manual_seed(0)
+    if K is None:
+        z,theirs = torch.randn(2, N, dim, device=device),NTXentLoss(.1)
+        return {'this package': _value_and_grad(lambda z: nt_xent(z, .1), z),
+                'lightly': _value_and_grad(lambda z: theirs(z[0], z[1]), z)}
+    q,keys = torch.randn(N, dim, device=device),F.normalize(torch.randn(N, dim, device=device), dim=1)
+    theirs = NTXentLoss(.2, (K,dim)).to(device)
+    queue = theirs.memory_bank.bank.clone()  # lightly's moves on with each call, as in training
+    return {'this package': _value_and_grad(lambda q: info_nce(q, keys, queue, .2), q),
+            'lightly': _value_and_grad(lambda q: theirs(q, keys), q)}
+
+def contrastive_rows(sizes=((256,None),(4096,None),(32,4096),(256,65536),(4096,65536)), rounds=9, device='cpu'):
+    for N,K in sizes:
+        large = N*(K or 2*N)>1e7
+        times = race(contrastive_contestants(N, K, device), min(3, rounds) if large else rounds, device)
+        what = 'NT-Xent (SimCLR) + gradient' if K is None else 'InfoNCE (MoCo) + gradient'
+        yield Row.of_times(what, f'{N} images'+(f', {K:,} keys' if K else ', 2 crops'), times, 'lightly',
+                           '1.5x' if K in (None,65536) else '')
+
+@torch.no_grad()
+def update_one_by_one(net, ema, m):
+    for k,q in zip(ema.parameters(), net.parameters()): k.mul_(m).add_(q, alpha=1-m)
+
+def momentum_contestants(arch='resnet50', device='cpu', m=.999):
+    "A step of the momentum encoder: one fused call, lightly's two, and parameter by parameter"
+    model = create_moco_model(create_encoder(arch, pretrained=False).to(device), 2048)
+    net = torch.nn.ModuleList([model.encoder,model.projector])
+    return {'this package': partial(model.update_keys, m),
+            'lightly': partial(torch.no_grad()(update_momentum), net, copy.deepcopy(net), m),
+            'one by one': partial(update_one_by_one, net, copy.deepcopy(net), m)}
+
+def momentum_rows(archs=('resnet18','resnet50'), rounds=9, device='cpu'):
+    for arch in archs:
+        times = race(momentum_contestants(arch, device), rounds, device)
+        for k in ('lightly','one by one'): yield Row.of_times('momentum update', arch, times, k)
 
 # --- growth -----------------------------------------------------------------------------------------------------------
 def growth_rows(base=(512,768), crops=4, rounds=5, device='cpu'):

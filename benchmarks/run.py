@@ -8,9 +8,9 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 
 from harness import Row, machine, table, write
-from kernels import growth_row, growth_rows, loss_rows, sinkhorn_rows
+from kernels import contrastive_rows, growth_row, growth_rows, loss_rows, momentum_rows, sinkhorn_rows
 from multicrop import contestants, images_per_second, sizes
-from steps import epoch_rows, settings, step_rows, variant_rows
+from steps import epoch_rows, settings, share_rows, step_rows, variant_rows
 
 small = dict(sizes, num_crops=(2,4), crop_sizes=(96,48))
 
@@ -44,6 +44,8 @@ def sections(quick, device):
          'step': partial(step_rows, rounds=2 if quick else 3, **d, **settings['resnet18'])}
     if quick: return s
     return s|{'small crops': partial(crop_rows, 32, small, 5), 'large batch': partial(crop_rows, 256, sizes, 2, 2),
+              'contrastive': partial(contrastive_rows, rounds=rounds, **d), 'momentum': partial(momentum_rows, **d),
+              'SimCLR step': partial(share_rows, 'simclr', **d), 'MoCo step': partial(share_rows, 'mocov2', **d),
               'bfloat16': partial(epoch_rows, **d),
               'large step': partial(step_rows, n=1, **d, **settings['resnet50']),
               'layouts': partial(variant_rows, {'channels_last': dict(cbs=[ChannelsLast]),

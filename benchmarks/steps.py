@@ -17,6 +17,7 @@ from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.data import fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.models import create_swav_model
+from self_supervised_swav.multiview import method_named, method_of
 from self_supervised_swav.precision import is_fast
 from self_supervised_swav.evaluate import NoValidation
 from self_supervised_swav.swav import SWAV
@@ -26,6 +27,7 @@ settings = dict(
     resnet50=dict(arch='resnet50', bs=8, num_crops=(2,6), crop_sizes=(224,96)))
 scales = dict(min_scales=(.25,.05), max_scales=(1.,.14))
 hidden,dim,n_protos = 2048,128,3000
+own_sizes = dict(swav=dict(n_protos=n_protos))
 lr,sgd = .01,partial(torch.optim.SGD, momentum=.9, weight_decay=1e-6)
 
 class Stopwatch:
@@ -74,23 +76,27 @@ class Watch(NoValidation):
 needed = ('encoder forward','encoder backward','optimizer')  # what a step cannot do without
 extras = ('crops','codes and loss')
 
-def our_step(arch, bs, num_crops, crop_sizes, images, device='cpu', cbs=(), compiled=False):
+def our_step(arch, bs, num_crops, crop_sizes, images, device='cpu', cbs=(), compiled=False, method='swav'):
     "A function that makes `n` steps of a Learner, and gives the seconds a step and its parts took"
     torch.manual_seed(0)
-    model = create_swav_model(create_encoder(arch, pretrained=False).to(device), hidden_size=hidden,
-                              projection_size=dim, n_protos=n_protos)
+    parts = method_named(method)
+    model = parts.create_model(create_encoder(arch, pretrained=False).to(device), hidden_size=hidden,
+                               projection_size=dim, **own_sizes.get(method, {}))
     if compiled: model.encoder = torch.compile(model.encoder)
-    augs = get_swav_aug_pipelines(num_crops=num_crops, crop_sizes=crop_sizes, **scales)
+    augs = parts.get_aug_pipelines(num_crops=num_crops, crop_sizes=crop_sizes,
+                                   **{k: v[:len(num_crops)] for k,v in scales.items()})
     dls = tensor_dls(images.repeat(2, 1, 1, 1), bs=bs, splits=(range(bs),range(bs, 2*bs)), device=device)  # one batch
     watch = Stopwatch(device)
-    learn = Learner(dls, model, lr=lr, opt_func=partial(OptimWrapper, opt=sgd), cbs=[SWAV(augs),Watch(watch),*cbs])
+    learn = Learner(dls, model, lr=lr, opt_func=partial(OptimWrapper, opt=sgd),
+                    cbs=[parts.callback(augs),Watch(watch),*cbs])
     learn.remove_cbs([ProgressCallback,Recorder])
     learn.create_opt()
     watch.watch_backward(model.encoder)
     for obj,method,name in ((learn,'one_batch','step'), (model.encoder,'forward',needed[0]),
                             (learn.opt,'step',needed[2]), (learn.opt,'zero_grad',needed[2]),
-                            (learn.swav,'cut',extras[0]),
-                            (learn.swav,'view_loss',extras[1])): watch.wrap(obj, method, name)
+                            (method_of(learn),'cut',extras[0]),
+                            (method_of(learn),'view_loss',extras[1])): watch.wrap(obj, method, name)
+    if hasattr(model, 'key_encoder'): watch.wrap(model.key_encoder, 'forward', needed[0])
     def run(n):
         learn.fit(n+1)
         return {k: v/n for k,v in watch.totals().items()}
@@ -160,6 +166,17 @@ def step_rows(rounds=3, n=2, device='cpu', **setting):
     yield Row('share of the step in encoder and optimizer', size, f'{share(*needed):.1%}', listed(needed), '')
     yield Row('share of the step outside of them', size, f'{1-share(*needed):.1%}', listed(extras), '', '',
               '15 % (8 %)' if setting['arch']=='resnet18' else '')
+
+def share_rows(method='simclr', rounds=3, n=2, device='cpu', **setting):
+    "What a step of another method spends outside of its encoders: projector, crops, loss, callbacks, optimizer"
+    setting = setting or dict(settings['resnet18'], num_crops=(2,), crop_sizes=(96,))
+    run = our_step(images=batch(photographs(setting['bs'])), device=device, method=method, **setting)
+    times = race_steps({'this package': run}, rounds, n)['this package']
+    inside = sum(times[k] for k in needed[:2])/times['step']
+    others = ', '.join(f"{k} {times[k]/times['step']:.1%}" for k in (needed[2],'crops'))
+    others += f", loss {times[extras[1]]/times['step']:.1%}"
+    yield Row(f'share of a {method_named(method).callback.title} step outside of the encoder', _size(**setting),
+              f'{1-inside:.1%}', others, '', '', '8 %' if method=='simclr' else '')
 
 def variant_rows(variants, rounds=3, n=2, device='cpu', **setting):
     "The step with other arguments of `our_step`"

@@ -8,7 +8,7 @@ from helpers import rounding
 
 folder = Path(__file__).parent.parent/'benchmarks'
 sys.path.insert(0, str(folder))
-import collapse, harness, kernels, quality, steps
+import collapse, harness, kernels, methods, quality, steps
 import run as bench
 
 tiny = dict(arch='resnet18', bs=4, num_crops=(2,1), crop_sizes=(32,24))
@@ -49,6 +49,30 @@ def test_contestants_compute_the_same():
     ours,theirs = (f() for f in kernels.loss_contestants(4, 8, 20).values())
     # scores/.1 are up to 10, in sums over 20 prototypes, then 8 rows and 4 crops
     for a,b in zip(ours, theirs): torch.testing.assert_close(a, b, atol=rounding(torch.float32, 10+20+8+4, 10.), rtol=0)
+
+@pytest.mark.parametrize('N,K', [(6,None),(6,40)])
+def test_contrastive_contestants_compute_the_same(N, K):
+    fs = kernels.contrastive_contestants(N, K, dim=8)
+    # logits up to 1/.1 = 10, sums of up to 40 terms and dot products of 8; the gradient divides by temp again. Once
+    # each: lightly's memory bank moves on with every call
+    for a,b in zip(*(f() for f in fs.values())):
+        torch.testing.assert_close(a, b, atol=rounding(torch.float32, 60, 100.), rtol=0)
+
+def test_momentum_contestants_move_alike():
+    ours,*others = kernels.momentum_contestants('resnet18', m=.9).values()
+    model,(net,*_) = ours.func.__self__,others[0].args
+    with torch.no_grad():
+        for p in net.parameters(): p.add_(1.)
+    for f in (ours,*others): f()
+    for f in others:
+        for a,b in zip([*model.key_encoder.parameters(), *model.key_projector.parameters()], f.args[1].parameters()):
+            # four roundings, of a product each and of their sum
+            torch.testing.assert_close(a, b, atol=rounding(torch.float32, 4, 1+b.abs().max().item()), rtol=0)
+
+def test_share_of_a_step():
+    for method in ('simclr','mocov2'):
+        row, = steps.share_rows(method, 1, 1, arch='resnet18', bs=4, num_crops=(2,), crop_sizes=(32,))
+        assert 0<float(row.ours.strip('%'))<100 and 'loss' in row.peer
 
 def test_parts_of_a_step():
     from multicrop import batch, photographs
@@ -135,3 +159,52 @@ def test_collapse_runs_a_data_set():
     r, = collapse.main(['--seeds','1','--only','digits','--epochs','1'])
     # an epoch from random weights: the loss is still near ln K, and the accuracy of 10 classes is anything but 0 or 1
     assert r['steps']==19 and .5<r['last']<1.2 and 0<r['trained']<1
+
+# --- the methods ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def methods_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp('methods')
+    return out,methods.main(['--quick','--seeds','1','--out',str(out)])
+
+def test_methods_gives_a_row_for_each(methods_run):
+    out,text = methods_run
+    first,second = text.split('\n\n')
+    rows = [o.split('|') for o in first.splitlines()]
+    assert [r[1].strip() for r in rows[2:]]==['untrained encoder',*methods.arms]
+    assert all(0<float(c)<=100 for r in rows[2:] for c in r[3:6]) and len({len(r) for r in rows})==1
+    assert all(c in second for c,*_ in methods.claims)
+    run = json.loads((out/'quick'/'SimCLR-64-0.json').read_text())
+    assert 0<run['cpu']<run['piece_cpu'] and run['key']['recipe']['simclr']['temp']==.1
+    same = [json.loads(o.read_text())['key'] for o in (out/'quick').glob('*-64-0.json')]
+    assert len(same)==len(methods.arms)
+    for k in ('epochs','channels','data','valid_pct','seed'): assert len({str(o[k]) for o in same})==1
+
+def test_methods_does_nothing_twice(methods_run, monkeypatch):
+    out,text = methods_run
+    monkeypatch.setattr(methods, 'training', None)  # nothing can be pretrained any more
+    again = ['--quick','--seeds','1','--out',str(out)]
+    assert methods.main(again)==text and methods.main([*again,'--table'])==text
+    with pytest.raises(TypeError): methods.main([*again,'--epochs','2'])
+
+def test_arms_of_methods_differ_in_what_they_say():
+    given = {a: methods.differences(a, methods.full, 32, 1257)[1] for a,(_,c) in methods.arms.items() if c is not None}
+    assert given['SwAV, two crops']['num_crops']==(2,) and given['SwAV, hard codes']['hard']
+    assert len(given['SimCLR, multi-crop']['num_crops'])==2 and 'num_crops' not in given['SwAV']
+
+def test_difference_is_of_seeds():
+    pairs = [(dict(knn=.9),dict(knn=.8)), (dict(knn=.7),dict(knn=.72))]
+    assert methods.difference(pairs, 'knn')=='+4.0 (1 of 2)'
+
+@pytest.mark.slow
+def test_methods_memory_of_a_step():
+    # embeddings, gradients and activations of 32 images of 16 px in a network of 20,000 numbers: a few megabytes
+    assert 0<methods.peak_memory(methods.few_steps, 'SimCLR', dict(methods.quick, valid_pct=.3), 32)/2**20<200
+
+def test_methods_tables_go_between_their_markers(tmp_path):
+    readme = tmp_path/'README.md'
+    readme.write_text((folder/'README.md').read_text())
+    for o in ('one','two'): methods.write(readme, o)
+    text,before = readme.read_text(),(folder/'README.md').read_text()
+    assert 'two' in text.split(methods.begin)[1].split(methods.end)[0]
+    assert text.split(methods.begin)[0]==before.split(methods.begin)[0]
+    assert text.split(methods.end)[1]==before.split(methods.end)[1]
