@@ -29,7 +29,7 @@ def fashion(bs, seed, n_train=10_000, n_valid=5_000):
     return tensor_dls(ds.x, ds.y, ds.vocab, bs=bs, splits=(list(range(n_train)),list(range(n_train, n_train+n_valid))),
                       device='cpu')
 
-def digits(bs, seed): return digits_dls(size=16, bs=bs, valid_pct=.3, seed=seed, device='cpu')
+def digits(bs, seed): return digits_dls(bs=bs, valid_pct=.3, seed=seed, device='cpu')
 
 def held_out(name, share=.25):
     "Is a file held out? By a fixed hash of its name, so that it is everywhere and always the same"
@@ -59,10 +59,10 @@ def clipart(bs, seed, root='/usr/share/openclipart/png', size=64):
     splits = [(o['valid']==v).nonzero()[:,0].tolist() for v in (False,True)]
     return tensor_dls(o['x'], o['y'], o['vocab'], bs=bs, splits=splits, device='cpu')
 
-datasets = dict( # its DataLoaders, the widths of the encoder, batch size and epochs of the comparison
-    fashion=(fashion, (32,64,128,256), 128, 4),
-    digits=(digits, (16,32,64,128), 64, 40),
-    clipart=(clipart, (32,64,128,256), 128, 4))
+datasets = dict( # its DataLoaders, pixels, widths of the encoder, batch size and epochs of the comparison
+    fashion=(fashion, 28, (32,64,128,256), 128, 4),
+    digits=(digits, 28, (16,32,64,128), 128, 20),
+    clipart=(clipart, 64, (32,64,128,256), 128, 6))
 
 # --- callbacks of levers that are no settings -------------------------------------------------------------------------
 class Average(Callback):
@@ -178,14 +178,17 @@ class Clock(Callback):
 
 def run(data, lever, seed, length=1.):
     "Train once"
-    make,channels,bs,epochs = datasets[data]
+    make,size,channels,bs,epochs = datasets[data]
     lever = levers[lever] if isinstance(lever, str) else lever
     bs,epochs = round(bs*lever.get('bs', 1)),max(1, round(epochs*lever.get('epochs', 1)*length))
+    settings = dict(lever.get('set', {}))
+    if 'crop_sizes' in settings:  # given for 28 px
+        settings['crop_sizes'] = tuple(round(o*size/28) for o in settings['crop_sizes'])
     dls = make(bs, seed)
     set_seed(seed)
     clock = Clock()
     cbs = [NoValidation(), clock, *(f() for f in lever.get('cbs', ()))]
-    learn = swav_learner(dls, 'resnet18', encoder=small|dict(channels=channels), cbs=cbs, **lever.get('set', {}))
+    learn = swav_learner(dls, 'resnet18', encoder=small|dict(channels=channels), cbs=cbs, **settings)
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
     args = dict(lr_max=learn.lr*lever.get('lr', 1)) | lever.get('cycle', {})
     if lever.get('fit')=='cosine': learn.fit_flat_cos(epochs, args['lr_max'], **lever.get('cycle', {}))

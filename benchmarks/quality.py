@@ -28,6 +28,7 @@ from self_supervised_swav.evaluate import (extract_features, few_label_learner, 
                                            linear_probe)
 from self_supervised_swav.learner import swav_learner
 from self_supervised_swav.evaluate import NoValidation
+from self_supervised_swav.whitening import Whitening
 
 here = Path(__file__).resolve().parent
 full = dict(data='fashion-mnist', size=28, bs=128, epochs=4, channels=(32,64,128,256), labels=(10,60),
@@ -165,7 +166,7 @@ modules = {'raw pixels': ['data'], 'untrained encoder': ['data','encoders'], 'th
 
 # read when they are imported: a file that changes during a run is not what runs
 sources = {o: (Path(self_supervised_swav.__file__).parent/f'{o}.py').read_text()
-           for o in {'evaluate', *sum(modules.values(), [])}}
+           for o in {'evaluate', 'whitening', *sum(modules.values(), [])}}
 
 def version(*objects):
     "A hash of what functions and modules do: comments and docstrings do not count"
@@ -222,6 +223,19 @@ def few_labels(out, arm, s, seed, i, todo=True):
     key = dict(s, base=base['key'], n=n, version=version(few_probe, tuned, 'evaluate'))
     return piece(out, f'{arm}-{seed}-{n}', key, f if todo else None)
 
+def whitened(out, arm, s, seed, todo=True):
+    "The vote in whitened features, fitted to the training images without labels: the baseline of pixels gains too"
+    base = pretrained(out, arm, s, seed, todo=False)
+    def f():
+        encoder = None if arm=='raw pixels' else new_encoder(s, seed)
+        if encoder is not None: encoder.load_state_dict(load_file(out/f"{arm.replace(' ', '-')}-{seed}.safetensors"))
+        fs = features(get_dls(s, seed), encoder)
+        wholly = Whitening.fit(fs[0][0], shrink=0.)
+        return dict(knn=knn_accuracy(*fs, whiten=True), knn_wholly=knn_accuracy(*fs, whiten=wholly))
+    if base is None: return None
+    key = dict(s, base=base['key'], version=version('whitening'))
+    return piece(out, f'{arm}-{seed}-whitened', key, f if todo else None)
+
 # --- the table --------------------------------------------------------------------------------------------------------
 def fmt(values, digits=1):
     "Mean and standard deviation of percentages"
@@ -236,17 +250,19 @@ def seconds_to(run, knn, key='wall'):
 def report(out, s, seeds):
     "The table in Markdown, from the pieces that there are"
     a,b = s['labels']
-    columns = ['features','20-NN','linear probe',
+    columns = ['features','20-NN','20-NN, whitened','linear probe',
                *(f'{n} labels a class: {k}' for n in (a,b) for k in ('probe','trained')),'training, wall','CPU','seeds']
     rows = []
     for arm in arms:
         base = [r for i in range(seeds) if (r := pretrained(out, arm, s, i, todo=False))]
         if not base: continue
+        white = [r['knn'] for i in range(seeds) if (r := whitened(out, arm, s, i, todo=False))]
         few = [[r for i in range(seeds) if (r := few_labels(out, arm, s, i, k, todo=False))] for k in range(2)]
         cells = [fmt([r[k] for r in f]) if f and k in f[0] else '' for f in few for k in ('probe','tuned')]
         times = [f"{statistics.mean(r[k] for r in base):.0f} s" if base[0]['wall'] else '' for k in ('wall','cpu')]
         rows.append([arm + (', trained: from scratch' if arm=='untrained encoder' else ''),
-                     fmt([r['knn'] for r in base]), fmt([r['probe'] for r in base]), *cells, *times, str(len(base))])
+                     fmt([r['knn'] for r in base]), fmt(white) if white else '', fmt([r['probe'] for r in base]),
+                     *cells, *times, str(len(base))])
     text = '\n'.join([line(columns), line(['---']*len(columns)), *map(line, rows)])
     pairs = [(o,t) for i in range(seeds) if (o := pretrained(out, 'this package', s, i, todo=False))
              and (t := pretrained(out, 'lightly', s, i, todo=False))]
@@ -289,7 +305,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(s['threads'])
     todo = [] if args.table else [(f, arm, seed) for seed in range(args.seeds) for arm in args.only
-                                  for f in (pretrained,
+                                  for f in (pretrained, whitened,
                                             *(lambda *a, i=i, **k: few_labels(*a, i, **k) for i in range(2)))]
     for f,arm,seed in todo:
         if time.time()-start>60*args.minutes: break

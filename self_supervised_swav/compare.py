@@ -24,6 +24,7 @@ from self_supervised_swav.evaluate import (NoValidation, extract_features, few_l
 from .files import check_writable, write_json
 from .runs import find_encoder, saved_args
 from .sources import ImageSource
+from .whitening import Whitening
 
 # %% ../nbs/38_compare.ipynb #f4d88629
 def mean_ci(
@@ -55,8 +56,9 @@ class Pixels(nn.Module):
 
 _tuned = 'trained from scratch','pretrained, fine-tuned'
 _kinds = 'raw pixels','untrained encoder','pretrained encoder'
+_measures = 'linear probe','k-NN','k-NN whitened'
 # rows, in order
-_table_rows = (*_tuned, *(f'{measure}, {kind}' for measure in ('linear probe','k-NN') for kind in _kinds))
+_table_rows = (*_tuned, *(f'{measure}, {kind}' for measure in _measures for kind in _kinds))
 
 class Evaluation(dict):
     "Accuracies by method and by labels; prints as a markdown table"
@@ -135,7 +137,11 @@ class _Comparison:
         (x,y),valid = (extract_features(encoder, dl, progress=False) for dl in dls)
         parts = [(o,(x[idxs],y[idxs])) for (o,s),idxs in self.idxs.items() if s in seeds]
         for label,part in [('all',(x,y)), *parts]:
-            self._record(f'k-NN, {kind}', label, knn_accuracy(part, valid, min(self.args.k, len(part[1]))))
+            k = min(self.args.k, len(part[1]))
+            self._record(f'k-NN, {kind}', label, knn_accuracy(part, valid, k))
+            # all images say how features vary; the fewer vote, the less is raised
+            layer = Whitening.fit(x, shrink=min(1., 2/math.sqrt(len(part[1]))))
+            self._record(f'k-NN whitened, {kind}', label, knn_accuracy(part, valid, k, whiten=layer))
             self._record(f'linear probe, {kind}', label, linear_probe(part, valid).top1)
 
     def measure_untrained(self, seed):

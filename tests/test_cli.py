@@ -6,9 +6,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from self_supervised_swav import cli, compare, embed, runs
-from self_supervised_swav.checkpoints import load_encoder, save_encoder
+from self_supervised_swav.checkpoints import load_encoder, load_whitening, save_encoder
 from self_supervised_swav.data import digits_dls
 from self_supervised_swav.evaluate import extract_features, few_label_idxs, knn_accuracy, linear_probe
+from self_supervised_swav.whitening import Whitening
 from helpers import small_encoder
 
 root = Path(__file__).resolve().parent.parent
@@ -157,6 +158,7 @@ def test_folder_of_images(tmp_path, photos, command):
     assert code==0 and '200 training images of 16 px' in said and 'knn_accuracy' in said, err
     saved = json.loads((out/'settings.json').read_text())
     assert saved['args']['source']==str(photos) and saved['recipe']['encoder']['n_in']==1
+    assert load_whitening(out/'encoder.safetensors').in_features==16  # for swav embed --whiten
     code,said,err = command('evaluate', out, photos, '--labels', 3, '--seeds', 2, '--epochs', 0, '--num-workers', 0)
     res = json.loads((out/'evaluation.json').read_text())
     assert code==0 and '| linear probe, pretrained encoder | ' in said and 'scratch' not in said, err
@@ -174,6 +176,9 @@ def test_evaluation_is_what_it_says(tmp_path):
     acc = res['accuracy']
     assert acc['k-NN, pretrained encoder']['all']==[knn_accuracy(train, valid)]
     assert acc['k-NN, pretrained encoder']['4'][1]==knn_accuracy(few, valid)
+    whitening = Whitening.fit(train[0], shrink=2/40**.5)  # by the 40 that vote
+    assert acc['k-NN whitened, pretrained encoder']['4'][1]==knn_accuracy(few, valid, whiten=whitening)
+    assert acc['k-NN whitened, pretrained encoder']['all']==[knn_accuracy(train, valid, whiten=True)]
     assert acc['linear probe, pretrained encoder']['4'][1]==linear_probe(few, valid).top1
     pixels = (dls.train_ds.x.flatten(1),dls.train_ds.y),(dls.valid_ds.x.flatten(1),dls.valid_ds.y)
     assert acc['k-NN, raw pixels']['all']==[knn_accuracy(*pixels)]

@@ -1,7 +1,11 @@
 "Whitening against scikit-learn's PCA, and the features that it cannot be fitted to"
 import pytest, torch
 from sklearn.decomposition import PCA
+from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import nn
+from helpers import small_encoder
+from self_supervised_swav.checkpoints import load_encoder, load_weights, load_whitening, save_encoder
 from self_supervised_swav.whitening import Whitening, as_whitening
 
 def features(n=300, d=6, seed=0, mean=3.):
@@ -85,3 +89,25 @@ def test_appended_to_an_encoder_it_is_one_linear_layer():
     torch.testing.assert_close(layer(x), w(x), atol=eps, rtol=0)
     assert isinstance(layer[1], nn.Linear) and as_whitening(w, x) is w and as_whitening(None, x) is None
     assert as_whitening(3, x).out_features==3 and as_whitening(True, x).out_features==6
+
+def test_saved_with_its_encoder(tmp_path):
+    w,encoder = Whitening.fit(features()),small_encoder()
+    path = save_encoder(encoder, tmp_path/'e.safetensors', whitening=w, size=16)
+    again,x = load_whitening(path),features(seed=2)
+    assert torch.equal(again(x), w(x))
+    plain = load_encoder(save_encoder(encoder, tmp_path/'plain.safetensors', size=16))
+    assert all(torch.equal(a, b) for a,b in zip(load_encoder(path).state_dict().values(), plain.state_dict().values()))
+    load_weights(small_encoder(), path)
+    assert load_whitening(tmp_path/'plain.safetensors') is None
+
+@pytest.mark.parametrize('change,text', [
+    (lambda o: o.pop('whitening:mean'), "must hold a whitening's mean"),
+    (lambda o: o.update({'whitening:mean': torch.zeros(3)}), r"got \{.*'mean': \(3,\)"),
+    (lambda o: o['whitening:weight'].fill_(torch.inf), 'must hold a finite whitening')])
+def test_a_file_that_lies(tmp_path, change, text):
+    path = save_encoder(small_encoder(), tmp_path/'e.safetensors', whitening=Whitening.fit(features()), size=16)
+    tensors = load_file(path)
+    with safe_open(path, 'pt') as f: metadata = f.metadata()
+    change(tensors)
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=text): load_whitening(path)
