@@ -69,8 +69,21 @@ def in_options(
         if _is_positional(f): continue
         text = re.sub(rf'(?<![\w.-]){f.name}=True\b', flag_of(f), text)
         text = re.sub(rf'(?<![\w.-]){f.name}=(?=\S)', f'{flag_of(f)} ', text)
-        text = re.sub(rf'^{f.name}(?= must | is )', flag_of(f), text)
-    return text
+        text = re.sub(rf'^{f.name}(?= must | is | needs )', flag_of(f), text)
+    return _in_set_words(text) if any(f.name=='settings' for f in fields(cls)) else text
+
+def _in_set_words(text):
+    "Advice about settings, which `--set` takes"
+    said,try_,advice = text.partition('Try')
+    if not try_: return text
+    from self_supervised_swav.learner import setting_groups
+    from self_supervised_swav.multiview import methods
+    names = {o for method in methods for group in setting_groups(method).values() for o in group}
+    return said+try_+re.sub(rf"(?<![\w.-])({'|'.join(sorted(names))})=(?=\S)", r'--set \1=', advice)
+
+def _without_event(text):
+    "An error's own words: fastai puts the callback and the event before them"
+    return re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', text)
 
 @contextmanager
 def exit_codes(
@@ -86,7 +99,7 @@ def exit_codes(
         except (Exception,KeyboardInterrupt) as e:
             stopped = isinstance(e, KeyboardInterrupt)
             if not (stopped or is_foreseen(e)): raise
-            text = in_options(str(e), cls)
+            text = in_options(_without_event(str(e)), cls)
             print(f'{command}: {text or "stopped"}' if stopped else f'{command}: error: {text}', file=sys.stderr)
             raise SystemExit(128+getattr(e, 'signum', signal.SIGINT) if stopped else 2) from None
         finally: warnings.formatwarning = old
@@ -111,7 +124,8 @@ def pretrain(args):
     print(run, flush=True)
     try: run.fit()
     except KeyboardInterrupt as e:
-        again = shlex.join(['swav', 'pretrain', args.source, '--out', str(run.out), '--resume'])
+        more = ['--extend', str(args.extend)] if args.extend and run.is_finished else []
+        again = shlex.join(['swav', 'pretrain', args.source, '--out', str(run.out), '--resume', *more])
         if (run.out/'last.pth').exists(): e.args = (f"stopped; continue with: {again}",)
         raise
     print(f'\nWrote {run.out}: ' + ', '.join(sorted(o.name for o in run.out.iterdir() if o.is_file())))
@@ -153,6 +167,7 @@ _description = "Pretrain an image encoder without labels (SwAV), measure it, and
 _epilog = """examples:
   swav pretrain photos --epochs 100     writes runs/photos: encoder, checkpoint, history, report
   swav pretrain photos --resume         after Ctrl-C or a crash
+  swav pretrain photos --resume --extend 50   50 epochs more, after the last
   swav evaluate runs/photos labeled     labeled/ holds one folder per class
   swav embed runs/photos more_photos -o features.npy
 

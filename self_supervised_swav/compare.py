@@ -18,11 +18,10 @@ from fastai.torch_core import default_device, set_seed
 from .args import EvaluateArgs, label_part, versions
 from .checkpoints import create_from_settings, encoder_settings, load_encoder
 from .data import labels_of
-from self_supervised_swav.evaluate import (NoValidation, extract_features, few_label_idxs, few_label_learner,
-                                           few_label_splits, knn_accuracy,
-    linear_probe, normalized)
+from .evaluate import (NoValidation, extract_features, few_label_idxs, few_label_learner,
+                                           few_label_splits, knn_accuracy, largest_share, linear_probe, normalized)
 from .files import check_writable, write_json
-from .runs import find_encoder, saved_args
+from .runs import find_encoder, saved_args, tell_merged
 from .sources import ImageSource
 from .whitening import Whitening
 
@@ -58,7 +57,7 @@ _tuned = 'trained from scratch','pretrained, fine-tuned'
 _kinds = 'raw pixels','untrained encoder','pretrained encoder'
 _measures = 'linear probe','k-NN','k-NN whitened'
 # rows, in order
-_table_rows = (*_tuned, *(f'{measure}, {kind}' for measure in _measures for kind in _kinds))
+_table_rows = (*_tuned, *(f'{measure}, {kind}' for measure in _measures for kind in _kinds), 'largest class')
 
 class Evaluation(dict):
     "Accuracies by method and by labels; prints as a markdown table"
@@ -122,6 +121,7 @@ class _Comparison:
         same = run.get('source') in (args.source,str(Path(args.source).resolve()))
         n_images = run.get('n_images') if args.n_images is None and same else args.n_images
         images = ImageSource(args.source, valid_pct, run.get('seed', 42), n_images, args.skip_bad)
+        tell_merged(images)
         n_in = self.settings.get('args', {}).get('n_in')
         return images.source,images.dls(self.settings.get('size'), n_in, args.bs, num_workers=args.num_workers,
                                         device=self.device)
@@ -144,6 +144,11 @@ class _Comparison:
             self._record(f'k-NN whitened, {kind}', label, knn_accuracy(part, valid, k, whiten=layer))
             self._record(f'linear probe, {kind}', label, linear_probe(part, valid).top1)
 
+    def measure_chance(self):
+        "What answering the largest class always gives"
+        share = largest_share(labels_of(self.dls.valid_ds))
+        for label in ('all',*self.parts): self._record('largest class', label, share)
+
     def measure_untrained(self, seed):
         self.measure_features('untrained encoder', self.untrained(seed), self.normed, [seed])
 
@@ -157,7 +162,8 @@ class _Comparison:
     def jobs(self):
         "What there is to measure: a name and a function for each"
         seeds = range(self.args.seeds)
-        res = [('raw pixels',partial(self.measure_features, 'raw pixels', Pixels(), self.dls, seeds))]
+        res = [('largest class',self.measure_chance),
+               ('raw pixels',partial(self.measure_features, 'raw pixels', Pixels(), self.dls, seeds))]
         res += [('untrained encoder',partial(self.measure_untrained, s)) for s in seeds]
         res.append(('pretrained encoder',
                     partial(self.measure_features, 'pretrained encoder', self.encoder, self.normed, seeds)))

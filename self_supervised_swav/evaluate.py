@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['extract_features', 'knn_accuracy', 'LinearProbe', 'linear_probe', 'few_label_idxs', 'few_label_splits',
-           'EncoderWithHead', 'encoder_head_split', 'NoValidation', 'normalized', 'few_label_learner', 'KNNMetric']
+           'EncoderWithHead', 'encoder_head_split', 'NoValidation', 'normalized', 'few_label_learner', 'largest_share',
+           'KNNMetric']
 
 # %% ../nbs/32_evaluate.ipynb #3e6aace9
 import copy, math, os, tempfile
@@ -311,8 +312,14 @@ def few_label_learner(
     return learn
 
 # %% ../nbs/32_evaluate.ipynb #0a2b5295
+def largest_share(
+    y # (n,) classes
+)->float: # The accuracy of a classifier that answers the largest class always
+    "Share of the largest class"
+    return y.bincount().max().item()/len(y)
+
 class KNNMetric(EpochColumns):
-    "Accuracy of `knn_accuracy` on labelled images after each epoch of a pretraining"
+    "Accuracy of `knn_accuracy` on labelled images after each epoch of a pretraining, and the share of the largest class"
     def __init__(self,
         dls:DataLoaders|None=None, # Labelled images: training set votes, validation set is predicted; None: its own
         k:int=20, # Number of neighbours that vote
@@ -321,7 +328,7 @@ class KNNMetric(EpochColumns):
     ):
         if whiten is None or whiten is False: names = ['knn_accuracy']
         else: names = ['knn_accuracy','knn_whitened']
-        super().__init__(names)
+        super().__init__([*names,'largest_class'])
         self.labelled,self.k,self.temp,self.whiten = dls,k,temp,whiten
 
     def before_fit(self):
@@ -333,8 +340,9 @@ class KNNMetric(EpochColumns):
         with ExitStack() as stack:
             for dl in dls: stack.enter_context(own_randomness(0, dl))
             train,valid = (extract_features(self.learn, dl, progress=False) for dl in (dls.train,dls.valid))
-        for name,whiten in zip(self.columns, (None,self.whiten)):
+        for name,whiten in zip(self.columns[:-1], (None,self.whiten)):
             self.epoch_values[name] = knn_accuracy(train, valid, self.k, self.temp, whiten=whiten)
+        self.epoch_values['largest_class'] = largest_share(valid[1])
 
     @property
     def _dls(self): return self.learn.dls if self.labelled is None else self.labelled

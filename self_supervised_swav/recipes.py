@@ -242,7 +242,7 @@ def common_recipe(
     r = Recipe({g: {} for g in ('dls','encoder','model','augs',method,'opt','fit')})
 
     of_batch = f'{batch} images' if world_size==1 else f'{world_size} processes x {bs} images'
-    r.put('dls', 'bs', bs, f'given: {of_batch} a step, {steps:,} steps an epoch')
+    r.put('dls', 'bs', bs, f'{of_batch} a step, {steps:,} steps an epoch')
     r.put('dls', 'drop_last', True, 'the loss and batch norm need whole batches')
 
     r.put('encoder', 'pretrained', False, 'random weights: the encoder learns from these images only')

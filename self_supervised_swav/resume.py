@@ -87,6 +87,8 @@ def _set_opt_state(opt, state, device):
     opt.load_state_dict(state)
 
 # %% ../nbs/27_resume.ipynb #51f5f64e
+def _watches_only(cb): return isinstance(cb, ProgressCallback) or getattr(cb, 'watches_only', False)
+
 def _describe(name, o):
     "`o` in types that can be compared after writing and reading; a list of objects is taken apart"
     try: return {name: _as_plain_data(o, tensors=False)}
@@ -123,7 +125,7 @@ def _callback_settings(cb):
 
 def _fit_settings(learn, first):
     "What must not change; the `first` fit of a script alone answers for all hyper-parameters, others inherit some"
-    cbs = [cb for cb in learn.cbs.sorted('order') if not isinstance(cb, (ResumeTraining,ProgressCallback))]
+    cbs = [cb for cb in learn.cbs.sorted('order') if not _watches_only(cb)]
     s = dict(n_epoch=learn.n_epoch,
              processes=dist.get_world_size() if dist.is_initialized() else 1,
              loss_func=getattr(learn.loss_func, '__qualname__', type(learn.loss_func).__name__),
@@ -150,6 +152,7 @@ class TrainingStopped(KeyboardInterrupt): "A fit that was asked to stop, and has
 class ResumeTraining(Callback):
     "Write everything that the fit depends on to `path`, and go on from there if it exists"
     order,remove_on_fetch = SaveModelCallback.order+100,True  # after all that changes the model at the end of a fit
+    watches_only = True
     def __init__(self,
         path, # File to write, and to resume from; `.prev`, `.tmp` and `.bad` may appear beside it
         every:int|None=None, # Write also in the middle of an epoch, after every so many batches
@@ -303,7 +306,7 @@ class ResumeTraining(Callback):
         set_pass_start(self.dls, ckpt['places'][rank_distrib()]['start'])
 
     @property
-    def _others(self): return [cb for cb in self.learn.cbs if not isinstance(cb, (ResumeTraining,ProgressCallback))]
+    def _others(self): return [cb for cb in self.learn.cbs if not _watches_only(cb)]
 
 # %% ../nbs/27_resume.ipynb #8601d5c7
 _may_change = re.compile(r'n_epoch|opt\.lr of group \d+|.* at \d+ %|.*_pct')

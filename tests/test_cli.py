@@ -10,7 +10,7 @@ from self_supervised_swav.checkpoints import load_encoder, load_whitening, save_
 from self_supervised_swav.data import digits_dls
 from self_supervised_swav.evaluate import extract_features, few_label_idxs, knn_accuracy, linear_probe
 from self_supervised_swav.whitening import Whitening
-from helpers import small_encoder
+from helpers import small_encoder, small_learner
 
 root = Path(__file__).resolve().parent.parent
 tiny = ['--set', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16', 'num_crops=2,1', 'bf16=False']
@@ -106,6 +106,103 @@ def test_another_method(tmp_path, command):
     assert code==0 and 'simclr.temp' in said, err
     assert 'SimCLR: digits' in (tmp_path/'run'/'report.html').read_text()
 
+def test_a_finished_run_is_extended(tmp_path, command, monkeypatch):
+    "More epochs, also when they are interrupted; a larger --epochs says which option does it"
+    out = tmp_path/'run'
+    go = lambda *args: command('pretrain', 'digits', '--out', out, *args)
+    lines = lambda: (out/'history.csv').read_text().splitlines()[1:]
+    code,_,err = command('pretrain', 'digits', '--extend', 1)
+    assert code==2 and '--extend needs --resume' in err
+    assert go('--epochs', 1, *tiny)[0]==0
+    first = lines()
+    code,_,err = go('--resume', '--epochs', 3)
+    assert code==2 and '--epochs is 1 in' in err and 'It is finished: --extend 2 adds epochs' in err
+    class Terminated(runs.TimeLeft):
+        name = 'time_left'
+        def before_batch(self):
+            if self.epoch==2: os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'TimeLeft', Terminated)
+        code,said,err = go('--resume', '--extend', 2)
+    assert code==143 and err.splitlines()[-1].endswith('--resume') and len(lines())==2
+    assert 'The finished 1 epochs go on with 2 more: the learning rate rises and falls once more' in said
+    code,_,err = go('--resume', '--extend', 2)
+    assert code==2 and '--extend is for a finished run, but' in err and 'at epoch 2 of 3' in err
+    assert go('--resume')[0]==0 and lines()[0]==first[0] and len(lines())==3
+    assert [o['to'] for o in json.loads((out/'settings.json').read_text())['extended']]==[3]
+    saved = torch.load(out/'last.pth', weights_only=True)
+    assert saved['finished'] and saved['settings']['n_epoch']==3
+
+@pytest.mark.parametrize('args', [
+    ['--set','eps=-1'], ['--arch','resnet_18'], ['--method','dino'], ['--set','n_proto=3'], ['--device','foo'],
+    ['--set','encoder.layer=3'], ['--set','hidden_size=0']])
+def test_arguments_are_checked_before_the_images(args, photos, command, monkeypatch, tmp_path):
+    def scan(*_): raise AssertionError('images were read')
+    monkeypatch.setattr(runs, 'ImageSource', scan)
+    monkeypatch.setattr(scan, 'own', (), raising=False)
+    code,_,err = command('pretrain', photos, '--out', tmp_path/'run', *args)
+    assert code==2 and len(err.splitlines())==1
+
+def test_device(command, photos, tmp_path):
+    for args in (['pretrain',photos], ['embed','run',photos], ['evaluate','run',photos]):
+        for device in ('foo','meta','cpu:x'):
+            code,_,err = command(*args, '--device', device)
+            assert code==2 and err.startswith(f'swav {args[0]}: error: --device must be one of this machine (cpu')
+            assert err.endswith(f"got '{device}'\n") and len(err.splitlines())==1
+
+def test_messages_are_in_the_words_of_the_command_line():
+    said = cli.in_options("K=9 is too much. Try n_protos=4 (now 8); bs=32; lr=0.1. Or skip_bad=True", cli.PretrainArgs)
+    assert said=="K=9 is too much. Try --set n_protos=4 (now 8); --bs 32; --set lr=0.1. Or --skip-bad"
+
+def test_values_that_are_not_finite(command, tmp_path):
+    "One line, without fastai's words about the callback"
+    code,_,err = command('pretrain', 'digits', '--epochs', 1, '--out', tmp_path/'run', *tiny, 'lr=1e30')
+    assert code==2 and 'not finite in batch' in err and 'Exception occured' not in err and len(err.splitlines())==1
+
+def test_reasons(tmp_path):
+    "What was given says so, what was not does not"
+    settings = [o for o in tiny[1:]]
+    run = runs.PretrainRun('digits', tmp_path/'a', epochs=2, settings=settings)
+    reasons = run.learn.recipe.reasons
+    assert run.epochs==run.learn.recipe['fit']['n_epoch']==2 and reasons['fit.n_epoch']=='given'
+    assert not reasons['dls.bs'].startswith('given')
+    run = runs.PretrainRun('digits', tmp_path/'a', settings=settings)
+    assert run.epochs==run.learn.recipe['fit']['n_epoch']>2 and run.learn.recipe.reasons['fit.n_epoch']!='given'
+
+def test_time_left(capsys, monkeypatch):
+    "Of the whole fit, from the time of the steps that were done"
+    learn,clock = small_learner(n=100, cbs=[runs.TimeLeft(after=2.)]),[0.]
+    class Tick(runs.Callback):
+        order = runs.TimeLeft.order-1
+        def before_batch(self): clock[0] += self.training
+    monkeypatch.setattr(runs.time, 'monotonic', lambda: clock[0])
+    said = []
+    learn.logger = lambda _: said.append(learn.time_left.left)
+    learn.fit(3, cbs=Tick())  # 3 epochs of 5 batches, a second each
+    assert said==[10.,5.,0.] and '0:00:11 left in all' in capsys.readouterr().out
+
+def test_folders_are_labels_on_request(tmp_path, photos, command):
+    "Classes of the same name in several folders are told; chance stands beside the accuracy"
+    merged = tmp_path/'photos'
+    for i,f in enumerate(sorted(photos.rglob('*.png'))):
+        to = merged/('train' if i%4 else 'valid')/('b' if i<100 else 'a')/('0' if i<120 else '1')/f.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(f.read_bytes())
+    args = ['pretrain',merged,'--epochs',1,'--arch','resnet18','--num-workers',0,*tiny,'encoder.layers=1,1,1,1']
+    code,said,err = command(*args, '--out', tmp_path/'plain')
+    assert code==0 and 'knn_accuracy' not in said
+    assert 'no labels to color it by' in (tmp_path/'plain'/'report.html').read_text()
+    with pytest.warns(UserWarning, match="1 class of several folders with the same name: '0' is a/0, b/0"):
+        code,said,_ = command(*args, '--out', tmp_path/'labels', '--labels-from-folders')
+    names,values = (l.split() for l in said.splitlines() if 'knn_accuracy' in l or l.strip().startswith('0  '))
+    valid = [f.parent.name for f in (merged/'valid').rglob('*.png')]
+    share = max(valid.count(o) for o in '01')/len(valid)
+    assert values[names.index('largest_class')]==f'{share:.4f}'
+    (tmp_path/'flat').mkdir()
+    for f in list(photos.rglob('*.png'))[:20]: (tmp_path/'flat'/f.name).write_bytes(f.read_bytes())
+    code,_,err = command('pretrain', tmp_path/'flat', '--out', tmp_path/'no', '--labels-from-folders')
+    assert code==2 and 'has no labels' in err and not (tmp_path/'no').exists()
+
 @pytest.mark.parametrize('args,match', [
     (['nowhere'], 'source must be a folder'), (['empty'], 'no image files found in'), (['junk'], 'not readable images'),
     (['junk','--skip-bad'], 'no readable image in'),
@@ -154,7 +251,7 @@ def test_folder_of_images(tmp_path, photos, command):
     "Size, channels and labels are found; evaluation holds out what pretraining held out"
     out = tmp_path/'run'
     code,said,err = command('pretrain', photos, '--epochs', 1, '--arch', 'resnet18', '--num-workers', 0, '--n-images',
-                            200, '--out', out, *tiny, 'encoder.layers=1,1,1,1')
+                            200, '--out', out, '--labels-from-folders', *tiny, 'encoder.layers=1,1,1,1')
     assert code==0 and '200 training images of 16 px' in said and 'knn_accuracy' in said, err
     saved = json.loads((out/'settings.json').read_text())
     assert saved['args']['source']==str(photos) and saved['recipe']['encoder']['n_in']==1
@@ -184,6 +281,7 @@ def test_evaluation_is_what_it_says(tmp_path):
     assert acc['k-NN, raw pixels']['all']==[knn_accuracy(*pixels)]
     assert len(set(acc['k-NN, untrained encoder']['all']))==2
     assert [len(o) for o in acc['linear probe, raw pixels'].values()]==[1,2,2]
+    assert acc['largest class']['4']==acc['largest class']['all']==[dls.valid_ds.y.bincount().max().item()/359]
     assert json.loads((tmp_path/'evaluation.json').read_text())['accuracy']==acc
 
 def test_mean_ci():

@@ -291,10 +291,12 @@ def test_knn_metric():
         learn.fit(2)
         runs.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
     assert torch.equal(*runs)
-    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','knn_accuracy','time']
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','knn_accuracy','largest_class','time']
     assert len(learn.metrics)==0
     pair = [extract_features(learn, o, progress=False) for o in (labelled.train,labelled.valid)]
-    assert learn.recorder.values[-1][-1]==pytest.approx(knn_accuracy(*pair, k=5))
+    assert learn.recorder.values[-1][-2]==pytest.approx(knn_accuracy(*pair, k=5))
+    y = pair[1][1].tolist()
+    assert learn.recorder.values[-1][-1]==pytest.approx(max(map(y.count, y))/len(y))
 
 def test_knn_metric_of_the_learners_own_labels():
     learn = small_learner(n=100, labelled=True, cbs=[KNNMetric()])
