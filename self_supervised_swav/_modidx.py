@@ -1020,6 +1020,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'self_supervised_swav/models.py'),
                                              'self_supervised_swav.models.SwAVModel.forward': ( 'models.html#swavmodel.forward',
                                                                                                 'self_supervised_swav/models.py'),
+                                             'self_supervised_swav.models._at_least_float32': ( 'models.html#_at_least_float32',
+                                                                                                'self_supervised_swav/models.py'),
                                              'self_supervised_swav.models._cat': ('models.html#_cat', 'self_supervised_swav/models.py'),
                                              'self_supervised_swav.models._check_sizes': ( 'models.html#_check_sizes',
                                                                                            'self_supervised_swav/models.py'),

@@ -37,8 +37,11 @@ def create_mlp_module(
     return nn.Sequential(*layers, nn.Linear(dim_in, dim_out))
 
 # %% ../nbs/10_models.ipynb #c5824d34
+def _at_least_float32(x): return x.to(torch.promote_types(x.dtype, torch.float32))
+
 class Prototypes(nn.Linear):
-    "`n_protos` unit vectors; the scores of embeddings (B,`dim`) are their products (B,`n_protos`), in float32"
+    """`n_protos` unit vectors; the scores of embeddings (B,`dim`) are their products (B,`n_protos`), in float32 (float64
+    for float64 embeddings)"""
     def __init__(self,
         dim:int, # Width of the embeddings
         n_protos:int # Number of prototypes, K in the paper
@@ -53,7 +56,7 @@ class Prototypes(nn.Linear):
     @torch.no_grad()
     def normalize_(self):
         "Put the rows back on the unit sphere, in place; rows that are there stay bit for bit"
-        w = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        w = _at_least_float32(self.weight)
         norm = w.norm(dim=1, keepdim=True)
         rounding = torch.finfo(self.weight.dtype).eps + 8*torch.finfo(w.dtype).eps  # of the rows, and of their norms
         off = (norm-1).abs() > rounding
@@ -61,7 +64,8 @@ class Prototypes(nn.Linear):
         return self
 
     def forward(self, x):
-        with no_autocast(x.device): return F.linear(x.float(), self.weight.float())
+        x = _at_least_float32(x)
+        with no_autocast(x.device): return F.linear(x, self.weight.to(x.dtype))
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -73,7 +77,7 @@ def embed_crops(
     projector:nn.Module, # Features to embeddings (B,d), not yet normalized
     x, # One batch of images, or a list of crops of them
     n_in:int|None=None # Channels that the images must have; None: unchecked
-) -> torch.Tensor: # Unit-norm embeddings (V*B,d), float32, in the order of the crops
+) -> torch.Tensor: # Unit-norm embeddings (V*B,d), float32 (float64 of float64 weights), in the order of the crops
     "Embed the crops `x`, neighbors of equal size in one forward pass of the encoder"
     crops = [x] if isinstance(x, torch.Tensor) else list(x)
     if not crops: raise ValueError("crops must be a tensor or a list of at least one, got an empty list")
@@ -82,7 +86,7 @@ def embed_crops(
             raise ValueError(f"images must have the encoder's {n_in} channel(s), got crop {i} of {tuple(o.shape)}")
     runs = [list(g) for _,g in groupby(crops, key=lambda o: o.shape[-2:])]
     z = projector(_cat([encoder(_cat(o)) for o in runs]))
-    with no_autocast(z.device): return F.normalize(z.float(), dim=1)
+    with no_autocast(z.device): return F.normalize(_at_least_float32(z), dim=1)
 
 def _cat(xs): return xs[0] if len(xs) == 1 else torch.cat(xs)
 
@@ -113,7 +117,7 @@ class SwAVModel(MultiCropModel):
 
     def forward(self,
         x # One batch of images, or a list of crops of them
-    ) -> tuple: # Unit-norm embeddings (V*B,d) and scores (V*B,K), float32, in the order of the crops
+    ) -> tuple: # Unit-norm embeddings (V*B,d) and scores (V*B,K), both of the embeddings' dtype, in the order of the crops
         "Embed and score the crops `x`"
         z = self.embed(x)
         return z, self.prototypes(z)
@@ -150,8 +154,9 @@ def create_swav_model(
     with own_init():
         projector,n_in = create_projector(encoder, hidden_size, projection_size, bn, nlayers)
         prototypes = Prototypes(projection_size, n_protos)
-    device = next(projector.parameters()).device
-    return SwAVModel(encoder, projector, _to(prototypes, device, torch.float32), n_in)
+    p = next(projector.parameters())
+    prototypes = _to(prototypes, p.device, torch.promote_types(p.dtype, torch.float32))
+    return SwAVModel(encoder, projector, prototypes, n_in)
 
 def _to(module, device, dtype):
     "`module.to`, but only where there is something to convert"

@@ -233,7 +233,8 @@ def _loss_once(self:MultiView, pred, *yb):
         if not all(map(_is_finite, pred if isinstance(pred, tuple) else (pred,))): self._raise_not_finite()
         raise
     weight = self._weight_of_rank
-    return loss if weight==1 else loss*weight
+    loss = loss if weight==1 else loss*weight
+    return loss.float() if loss.dtype==torch.float64 else loss  # fastai's Recorder adds up float32; gradients stay float64
 
 @patch(as_prop=True)
 def _weight_of_rank(self:MultiView): return len(self.images)*len(self.sizes)/sum(self.sizes)

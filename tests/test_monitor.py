@@ -11,7 +11,7 @@ from self_supervised_swav.monitor import CollapseMonitor, CollapseWarning, Epoch
 from self_supervised_swav.multiview import MultiView
 from self_supervised_swav.resume import ResumeTraining, TrainingStopped
 from self_supervised_swav.stats import code_entropy, effective_rank, feature_spread, mean_code_entropy
-from test_distributed import _learner, run_ranks
+from test_distributed import ranks_learner, run_ranks
 
 columns = ['loss/lnK','code_entropy','mean_code_entropy','proto_usage','feature_spread','effective_rank']
 plain = dict(jitter=False, blur=False, flip_p=0.)
@@ -274,7 +274,7 @@ def test_verdict():
 
 # --- several processes ------------------------------------------------------------------------------------------------
 def _rank(rank, size):
-    learn = _learner([6]*size, rank, cbs=[CollapseMonitor(stop=True, every=3)])
+    learn = ranks_learner([6]*size, rank, cbs=[CollapseMonitor(stop=True, every=3)])
     learn.collapse_monitor.min_patience = 4
     learn.model.encoder = Constant8()
     with learn.distrib_ctx(sync_bn=False): told = fit(learn, 5)
