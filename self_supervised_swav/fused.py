@@ -359,7 +359,9 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     def forward(self, input, params=None, **kwargs):
         x = plain_tensor(input)
         if x.dtype==torch.bfloat16: x = x.float()  # kornia before 0.9 refuses it
-        return as_type_of(super().forward(x, params, **kwargs), input)
+        out = as_type_of(super().forward(x, params, **kwargs), input)
+        if '_output_image' in self.__dict__: self._output_image = None  # kornia 0.8 keeps the crops, and so their memory
+        return out
 
     @torch.no_grad()
     def apply_transform(self, input, params, flags, transform=None):

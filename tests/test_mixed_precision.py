@@ -170,7 +170,7 @@ def test_codes_are_of_the_small_batch():
 def test_knn_is_float32s():
     """What is learnt in bfloat16 is worth as much: 20-NN accuracy on held-out digits, 4 seeds, within the noise
     between seeds"""
-    accs = {}
+    accs = {False: [], True: []}
     for bf16 in (False,True):
         for seed in range(4):
             seed_all(seed)
@@ -181,10 +181,10 @@ def test_knn_is_float32s():
             learn.logger = lambda *_: None
             learn.fit_one_cycle(12)
             assert hasattr(learn, 'mixed_precision')==bf16 or hasattr(learn, 'device_mixed_precision')==bf16
-            accs.setdefault(bf16,
-                            []).append(knn_accuracy(*(extract_features(learn.model.encoder, dl, progress=False)
-                                                      for dl in dls)))
+            assert learn.recorder.losses[-1]<.95*learn.swav.chance_loss[0]  # it has learned something
+            parts = [extract_features(learn.model.encoder, dl, progress=False) for dl in dls]
+            accs[bf16].append(knn_accuracy(*parts))
     a,b = (torch.tensor(accs[o]) for o in (False,True))
     noise = (a.var()/len(a)+b.var()/len(b)).sqrt()
     print(f'float32 {a.mean():.4f} ± {a.std():.4f}, bfloat16 {b.mean():.4f} ± {b.std():.4f}: {accs}')
-    assert a.mean()>.93 and (a.mean()-b.mean()).abs()<max(3*noise, .005)
+    assert a.mean()-b.mean()<max(3*noise, .005)
