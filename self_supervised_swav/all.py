@@ -50,8 +50,8 @@ __all__ = [
     # methods and their settings
     'MultiView', 'method_of', 'SWAV', 'pretrain_learner', 'swav_learner', 'Recipe', 'swav_recipe', 'paper_recipe',
     'SimCLR', 'create_simclr_model', 'get_simclr_aug_pipelines', 'MoCo', 'create_moco_model', 'get_moco_aug_pipelines',
-    'simclr_learner', 'moco_learner', 'deepcluster_learner', 'DeepClusterV2', 'create_deepcluster_model',
-    'get_deepcluster_aug_pipelines',
+    'simclr_recipe', 'moco_recipe', 'deepcluster_recipe', 'simclr_learner', 'moco_learner', 'deepcluster_learner',
+    'DeepClusterV2', 'create_deepcluster_model', 'get_deepcluster_aug_pipelines',
     # training
     'lars', 'CollapseMonitor', 'CollapseWarning', 'KNNMetric', 'ResumeTraining', 'TrainingStopped',
     'EpochHistory', 'SaveEncoder', 'PretrainRun',

@@ -100,11 +100,15 @@ def test_stopped_runs_go_on(tmp_path, command, monkeypatch):
     # finished
     assert command('pretrain', 'digits', '--out', out, '--resume')[0]==0 and (out/'last.pth').read_bytes()==before
 
-def test_another_method(tmp_path, command):
-    code,said,err = command('pretrain', 'digits', '--method', 'simclr', '--epochs', 1, '--out', tmp_path/'run',
-                             *(o for o in tiny if not o.startswith(('n_protos','num_crops'))))
-    assert code==0 and 'simclr.temp' in said, err
-    assert 'SimCLR: digits' in (tmp_path/'run'/'report.html').read_text()
+@pytest.mark.parametrize('method,title', [
+    ('simclr','SimCLR'), *(pytest.param(*o, marks=pytest.mark.slow) for o in
+                           (('mocov1','MoCo'), ('mocov2','MoCo'), ('deepclusterv2','DeepCluster-v2')))])
+def test_another_method(method, title, tmp_path, command):
+    drop = ('num_crops',) if method=='deepclusterv2' else ('n_protos','num_crops')
+    code,said,err = command('pretrain', 'digits', '--method', method, '--epochs', 1, '--out', tmp_path/'run',
+                             *(o for o in tiny if not o.startswith(drop)))
+    assert code==0 and f'{method}.temp' in said, err
+    assert f'{title}: digits' in (tmp_path/'run'/'report.html').read_text()
 
 def test_a_finished_run_is_extended(tmp_path, command, monkeypatch):
     "More epochs, also when they are interrupted; a larger --epochs says which option does it"

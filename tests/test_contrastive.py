@@ -76,6 +76,20 @@ def test_any_block(block, monkeypatch):
     monkeypatch.setattr(contrastive, '_n_block', block)
     for f,w in zip(fs, whole): check_equal(value_and_grads(f, z), w, rounding(torch.double, 5*6*4+20, 1e4))
 
+def simclr_by_pseudo_code(z, temp):
+    "The algorithm of SimCLR: views 2k-1 and 2k are of image k; s, then l(i,j), then the mean over all 2N"
+    N = z.shape[1]
+    z = z.transpose(0, 1).reshape(2*N, -1)
+    s = torch.stack([torch.stack([zi@zj/(zi.norm()*zj.norm()) for zj in z]) for zi in z])
+    def l(i, j): return -torch.log((s[i,j]/temp).exp()/sum((s[i,k]/temp).exp() for k in range(2*N) if k!=i))
+    return sum(l(2*k, 2*k+1)+l(2*k+1, 2*k) for k in range(N))/(2*N)
+
+@pytest.mark.parametrize('temp', [.1,.5])
+def test_nt_xent_is_the_pseudo_code(temp):
+    check_equal(*(value_and_grads(lambda z: f(z, temp), torch.randn(2, 5, 6, dtype=torch.double,
+                                                                    generator=torch.Generator().manual_seed(0)))
+                  for f in (nt_xent,simclr_by_pseudo_code)), rounding(torch.double, 100, 10/temp))
+
 # --- lightly --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('temp', [.07,.1,.5])
 def test_equals_lightly(temp):

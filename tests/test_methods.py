@@ -6,7 +6,7 @@ from fastai.learner import Learner
 from fastai.vision.all import DataLoaders, Pipeline, SGD
 from torch import nn
 from helpers import digits, method_learner, rounding, seed_all, small_encoder
-from self_supervised_swav.contrastive import nt_xent
+from self_supervised_swav.contrastive import info_nce, nt_xent
 from self_supervised_swav.data import tensor_dls
 from self_supervised_swav.deepcluster import DeepClusterV2, create_deepcluster_model, get_deepcluster_aug_pipelines
 from self_supervised_swav.kmeans import spherical_kmeans
@@ -113,6 +113,50 @@ def test_split_batch_norm_keeps_the_order():
     alone = copy.deepcopy(model)
     alone.bn_splits = 1
     for i in range(3): assert torch.equal(keys[i::3], alone.embed_keys([x[i::3]]))
+
+@pytest.mark.parametrize('make', [lambda augs: SimCLR(augs, large_ids=(0,)), lambda augs: MoCo(augs, key_ids=(0,))])
+def test_one_view_is_refused(make):
+    with pytest.raises(ValueError, match='aug_pipelines must hold at least two.*got 1'):
+        make(get_moco_aug_pipelines(16, stats=None)[:1])
+
+def test_moco_is_its_pseudo_code():
+    "The paper's loop, line by line in float64, beside the callback's parts: loss, weights of both encoders, queue"
+    seed_all(0)
+    f_q = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16, 12), nn.Tanh())
+    model = create_moco_model(f_q, hidden_size=9, projection_size=6).double()
+    ours = model.eval()  # no batch norm here
+    q_net = nn.Sequential(copy.deepcopy(model.encoder), copy.deepcopy(model.projector))
+    k_net = copy.deepcopy(q_net)
+    N,K,m,t = 4,12,.9,.2
+    queue = F.normalize(torch.randn(K, 6, dtype=torch.double), dim=1)
+    ours.queue.resize(1, K, 6)
+    ours.queue.features = ours.queue.features.double()
+    ours.queue.features.copy_(queue[None])
+    opts = [torch.optim.SGD(p, lr=.1) for p in ([*model.encoder.parameters(), *model.projector.parameters()],
+                                               q_net.parameters())]
+    for step in range(7):  # more batches than the queue holds
+        x_q,x_k = torch.randn(2, N, 1, 4, 4, dtype=torch.double)
+        q = F.normalize(q_net(x_q), dim=1)
+        k = F.normalize(k_net(x_k), dim=1).detach()
+        l_pos = torch.bmm(q.view(N, 1, 6), k.view(N, 6, 1)).view(N, 1)
+        l_neg = q@queue.T
+        loss = F.cross_entropy(torch.cat([l_pos, l_neg], 1)/t, torch.zeros(N, dtype=torch.long))
+        # its forward gives float32
+        embedding,keys = ours.projector(ours.encoder(x_q)),F.normalize(ours.key_projector(ours.key_encoder(x_k)), dim=1)
+        mine = info_nce(embedding[None], keys.detach()[None], ours.queue.features, t)
+        torch.testing.assert_close(mine, loss)
+        for o,l in zip(opts, (mine,loss)):
+            o.zero_grad()
+            l.backward()
+            o.step()
+        for a,b in zip(k_net.parameters(), q_net.parameters()): a.data = m*a.data+(1-m)*b.data
+        ours.update_keys(m)
+        queue = torch.cat([queue, k])[N:]
+        ours.queue.push(keys.detach()[None])
+        # the same keys, in another order: a queue is a ring there and a list here
+        torch.testing.assert_close(ours.queue.features[0].roll(-(step+1)*N, 0), queue)
+    for a,b in zip((ours.encoder,ours.projector,ours.key_encoder,ours.key_projector), (*q_net,*k_net)):
+        for x,y in zip(a.parameters(), b.parameters()): torch.testing.assert_close(x, y)
 
 @pytest.mark.parametrize('kwargs,says', [(dict(m=1.5),r'm must be in \[0,1\]'), (dict(m=-.1),r'm must be in \[0,1\]'),
                                          (dict(K=0),'K must be a positive'),
