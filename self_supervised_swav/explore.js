@@ -71,7 +71,7 @@ document.addEventListener('load', e => { if (e.target.matches?.('img.sheet')) ar
 // --- the map: which images are drawn as thumbnails at which zoom
 const map = $('map'), ctx = map.getContext('2d')
 const view = {x: .5, y: .5, s: 1}       // middle of the map, pixels per unit
-let width = 1, height = 1, fitScale = 1, hovered = -1, selected = -1, shown = null, colorBy = 'groups', frame = 0
+let width = 1, height = 1, fitScale = 1, hovered = -1, selected = -1, shown = null, colorBy = 'groups', frame = 0, paper = ''
 const maxLevel = 24, level = new Uint8Array(n)
 // at half a level more there are more images, and they are larger; those that are drawn never overlap
 const sizeAt = s => Math.min(160, Math.max(28, Math.min(40, Math.sqrt(width*height)/21))*(s/fitScale)**.3)
@@ -106,9 +106,10 @@ const isThumb = (i, l) => level[i] <= l && ready(i) !== undefined
 function draw() {
   frame = 0
   const style = getComputedStyle(document.body), gray = style.getPropertyValue('--gray'), dpr = devicePixelRatio || 1
+  paper = style.getPropertyValue('--paper')
   ctx.setTransform(dpr, 0, 0, dpr, 0, 0)
   ctx.clearRect(0, 0, width, height)
-  ctx.globalAlpha = selected < 0 ? 1 : .55
+  ctx.globalAlpha = selected < 0 || shown ? 1 : .55
   const l = levelAt(view.s), t = sizeAt(view.s), r = n > 5000 ? 1.5 : 2.5
   const inside = (x, y, m) => x > -m && x < width + m && y > -m && y < height + m
   for (const pass of shown ? [0, 1] : [1]) {
@@ -135,6 +136,13 @@ function draw() {
 }
 function frameOf(i, x, y, t, color) {
   const bw = box[2*i], bh = box[2*i + 1], f = (t - 4)/Math.max(bw, bh), w = bw*f, h = bh*f
+  if (ctx.globalAlpha < 1) {                // dots below do not shine through
+    const alpha = ctx.globalAlpha
+    ctx.globalAlpha = 1
+    ctx.fillStyle = paper
+    ctx.fillRect(x - w/2, y - h/2, w, h)
+    ctx.globalAlpha = alpha
+  }
   if (ready(i)) paint(ctx, i, x - w/2, y - h/2, w, h)
   ctx.strokeStyle = color
   ctx.strokeRect(x - w/2 - 1, y - h/2 - 1, w + 2, h + 2)
@@ -166,8 +174,11 @@ function bounds(idxs) {
   for (const i of idxs) {
     x0 = Math.min(x0, xy[2*i]), x1 = Math.max(x1, xy[2*i]), y0 = Math.min(y0, xy[2*i + 1]), y1 = Math.max(y1, xy[2*i + 1])
   }
-  const room = 1 - Math.min(.3, 60/Math.min(width, height))
-  const s = room*Math.min(width/Math.max(x1 - x0, 1e-4), height/Math.max(y1 - y0, 1e-4))
+  let s = fitScale
+  for (let i = 0; i < 3; i++) {             // room for half a thumbnail on each side, which are larger at a larger zoom
+    const room = Math.min(sizeAt(idxs === all ? fitScale : s) + 24, .4*width, .4*height)
+    s = Math.min((width - room)/Math.max(x1 - x0, 1e-4), (height - room)/Math.max(y1 - y0, 1e-4))
+  }
   return {x: (x0 + x1)/2, y: (y0 + y1)/2, s: Math.min(s, fitScale*2**(maxLevel/2))}
 }
 const all = Array.from({length: n}, (_, i) => i)
@@ -177,7 +188,7 @@ function resize() {
   height = map.clientHeight
   map.width = Math.round(width*dpr)
   map.height = Math.round(height*dpr)
-  fitScale = Infinity
+  fitScale = 1e9                            // no limit yet
   const fit = bounds(all)
   fitScale = fit.s = Math.min(fit.s, 100*Math.max(width, height))
   whole ? Object.assign(view, fit) : view.s = zoom*fitScale
@@ -238,7 +249,7 @@ map.onpointerdown = e => {
 }
 map.onpointermove = e => {
   const now = place(e), before = pointers.get(e.pointerId)
-  if (!before) return e.pointerType === 'mouse' ? hover(at(...now), now) : undefined
+  if (!before) return e.pointerType === 'mouse' ? hover(at(...now), now[1]) : undefined
   const other = [...pointers].find(([id]) => id !== e.pointerId)?.[1]
   moved += Math.hypot(now[0] - before[0], now[1] - before[1])
   pointers.set(e.pointerId, now)
@@ -265,7 +276,7 @@ map.addEventListener('wheel', e => {
   const lines = e.deltaMode ? 30 : 1
   zoom(Math.exp(-Math.max(-200, Math.min(200, e.deltaY*lines))*(e.ctrlKey ? .01 : .0025)), ...place(e))
 }, {passive: false})
-function hover(i, [x, y] = [0, 0]) {
+function hover(i, y = 0) {
   const tip = $('tip')
   if (i !== hovered) {
     tip.replaceChildren(...(i < 0 ? [] : [picture(i), baseName(i), el('div', {className: 'soft'}, groupName(groupOf[i]))]))
@@ -274,7 +285,8 @@ function hover(i, [x, y] = [0, 0]) {
     hovered = i
   }
   if (i < 0) return
-  tip.style.left = `${x + 20 + tip.offsetWidth < width ? x + 18 : Math.max(4, x - tip.offsetWidth - 18)}px`
+  const aside = 12 + (isThumb(i, levelAt(view.s)) ? sizeAt(view.s)/2 : 0), right = px(i) + aside
+  tip.style.left = `${right + tip.offsetWidth < width ? right : Math.max(4, px(i) - aside - tip.offsetWidth)}px`
   tip.style.top = `${Math.max(4, Math.min(y - 40, height - tip.offsetHeight - 6))}px`
 }
 

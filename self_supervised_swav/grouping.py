@@ -70,7 +70,7 @@ def _assign(x, centers):
     best = [(o@centers.T).max(1) for o in x.split(1<<14)]
     return torch.cat([o.indices for o in best]),torch.cat([o.values for o in best])
 
-def _kmeans(x, k, seed, n_starts=4):
+def _kmeans(x, k, seed, n_starts=2):
     "The best of some starts, each with first centers that are far apart"
     from sklearn.cluster import kmeans_plusplus
     first = [kmeans_plusplus(x.numpy(), k, random_state=seed+i)[0] for i in range(n_starts)]
@@ -108,7 +108,7 @@ def group_images(
     k:int|None=None, # Groups of k-means (default: from the number of images, see `default_n_groups`)
     method:str='kmeans', # 'kmeans', or 'hdbscan', which finds the number of groups and leaves some images without one
     centers=None, # (k,d) Directions such as prototypes: each image joins the nearest one, nothing else is searched
-    min_size:int|None=None, # Smallest group of HDBSCAN (default: one image in 200, at least 5)
+    min_size:int|None=None, # Smallest group of HDBSCAN (default: one image in 1,000, at least 5)
     seed:int=0 # Of k-means
 )->Groups: # The largest group first; with `centers`, in their order
     "Images into groups by their features"
@@ -125,7 +125,7 @@ def group_images(
         return Groups(groups, 1-cosines, centers)
     x = directions(features)
     if k is not None and k>len(x): raise ValueError(f"k must be at most the number of images, {len(x)}, got {k}")
-    found = _hdbscan(x, min_size or max(5, len(x)//200)) if method=='hdbscan' else \
+    found = _hdbscan(x, min_size or max(5, len(x)//1000)) if method=='hdbscan' else \
         _kmeans(x, k or default_n_groups(len(x)), seed)
     groups,cosines,centers = _largest_first(*found)
     return Groups(groups, 1-cosines, centers)
