@@ -330,6 +330,7 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         same_on_batch:bool=False # All images of a batch get the same parameters?
     ):
         super().__init__(p=1., same_on_batch=same_on_batch)
+        self.disable_features = True  # kornia 0.8 would keep each result, on the CPU
         self._param_generator = FusedGenerator(scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p,
                                                blur_p, blur_s)
         self.flags,self.memory = dict(size=size, stats=stats),ReusedMemory()
@@ -359,9 +360,7 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     def forward(self, input, params=None, **kwargs):
         x = plain_tensor(input)
         if x.dtype==torch.bfloat16: x = x.float()  # kornia before 0.9 refuses it
-        out = as_type_of(super().forward(x, params, **kwargs), input)
-        if '_output_image' in self.__dict__: self._output_image = None  # kornia 0.8 keeps the crops, and so their memory
-        return out
+        return as_type_of(super().forward(x, params, **kwargs), input)
 
     @torch.no_grad()
     def apply_transform(self, input, params, flags, transform=None):
