@@ -6,7 +6,7 @@
 __all__ = ['Progress', 'TrainingStopped', 'ResumeTraining', 'fit_progress']
 
 # %% ../nbs/27_resume.ipynb #80a6a87f
-import hashlib, re
+import hashlib, re, time
 from collections import namedtuple
 from inspect import signature
 from pathlib import Path
@@ -164,6 +164,7 @@ class ResumeTraining(Callback):
             raise ValueError(f"every must be a positive number of batches or None, got {every}")
         self.every,self.may_extend = every,extend
         self.n_fit,self.cycle_start = 0,0
+        self.waited,self.trained,self.n_waits = 0.,0.,0
         self.at_work,self.stopping = False,False
 
     def before_fit(self):
@@ -272,9 +273,30 @@ class ResumeTraining(Callback):
             self.learn.pct_train,position = ckpt['pct_train'],ckpt['places'][rank_distrib()]
         self.learn.n_iter = len(self.dl)
         self.feed = ResumableFeed(self.dls, position, track_workers=bool(self.every))
-        for i,b in enumerate(self.feed, self.feed.done):
+        for i,b in enumerate(self._timed(self.feed), self.feed.done):
             if self.cycle_start: self.learn.pct_train = 1.
             self.learn.one_batch(i, b)
+
+    def _timed(self, batches):
+        "`batches`, with the seconds that the epoch has waited for them; the first, which starts processes, not counted"
+        batches,self.waited,self.n_waits = iter(batches),0.,0
+        first = next(batches, None)
+        if first is None: return
+        start = time.perf_counter()
+        yield first
+        while True:
+            asked = time.perf_counter()
+            b = next(batches, None)
+            self.waited += time.perf_counter()-asked
+            self.trained = time.perf_counter()-start
+            if b is None: return
+            self.n_waits += 1
+            yield b
+
+    @property
+    def data_wait(self):
+        "Share of the last epoch's training time that was spent waiting for images; None for a few batches"
+        return self.waited/self.trained if self.n_waits>=10 else None
 
     def _save(self, epoch, batch=0, finished=False):
         learn,model = self.learn,get_model(self.learn.model)

@@ -1,13 +1,14 @@
 "The commands: what they write, what they refuse and with which exit code, and that a stopped run goes on bit for bit"
-import json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time, warnings
 from pathlib import Path
 import numpy as np, pyarrow.parquet as pq, pytest, torch
 from PIL import Image
+from fastai.data.core import TfmdDL
 from sklearn.datasets import load_digits
 
-from self_supervised_swav import cli, compare, embed, runs
+from self_supervised_swav import cli, compare, embed, resume, runs
 from self_supervised_swav.checkpoints import load_encoder, load_whitening, save_encoder
-from self_supervised_swav.data import digits_dls
+from self_supervised_swav.data import digits_dls, no_targets
 from self_supervised_swav.evaluate import extract_features, few_label_idxs, knn_accuracy, linear_probe
 from self_supervised_swav.whitening import Whitening
 from helpers import small_encoder, small_learner
@@ -172,6 +173,90 @@ def test_reasons(tmp_path):
     assert not reasons['dls.bs'].startswith('given')
     run = runs.PretrainRun('digits', tmp_path/'a', settings=settings)
     assert run.epochs==run.learn.recipe['fit']['n_epoch']>2 and run.learn.recipe.reasons['fit.n_epoch']!='given'
+
+def test_config_and_log(tmp_path, command):
+    "The settings of a run make the same run again, but for what is given; TensorBoard gets what the table has"
+    events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    a,b = tmp_path/'a',tmp_path/'b'
+    assert command('pretrain', 'digits', '--epochs', 1, '--out', a, '--log', 'tensorboard', *tiny)[0]==0
+    code,said,err = command('pretrain', 'digits', '--config', a/'settings.json', '--out', b)
+    assert code==0 and f'from {a}/settings.json' in said, err
+    assert (a/'encoder.safetensors').read_bytes()==(b/'encoder.safetensors').read_bytes()
+    saved,again = (json.loads((o/'settings.json').read_text()) for o in (a,b))
+    assert saved['args']==again['args'] and saved['recipe']==again['recipe']
+    run = runs.PretrainRun('digits', tmp_path/'c', config=str(a), epochs=3, settings=['eps=.07'])
+    assert run.epochs==3 and run.learn.swav.eps==.07 and len(run.learn.model.prototypes.weight)==16
+    names,values = (l.split(',') for l in (a/'history.csv').read_text().splitlines())
+    record, = map(json.loads, (a/'history.jsonl').read_text().splitlines())
+    assert list(record)==[*names,'data_wait'] and [str(record[o]) for o in names]==values and 0<=record['data_wait']<1
+    events = events.EventAccumulator(str(a/'tensorboard')).Reload()
+    for o in names[1:-1]: assert events.Scalars(f'epoch/{o}')[0].value==pytest.approx(record[o], rel=1e-6)  # float32
+    assert [o.step for o in events.Scalars('step/loss')]==list(range(1, 23))
+
+@pytest.mark.parametrize('args,match', [
+    (['--log','wandb'], '--log wandb needs the package wandb: pip install wandb'),
+    (['--log','foo'], '--log must be one of'),
+    (['--config','junk.json'], '--config must be the settings.json of a run, got junk.json'),
+    (['--config','missing.json'], 'No such file')])
+def test_config_and_log_refused(tmp_path, command, monkeypatch, args, match):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    (tmp_path/'junk.json').write_text('{"args": 3}')
+    code,_,err = command('pretrain', 'digits', '--out', 'run', *args)
+    assert code==2 and match in err and len(err.splitlines())==1 and not (tmp_path/'run').exists()
+
+class FakeTool:
+    "A stand-in for wandb, trackio and mlflow, by the calls that their documentation names"
+    def __init__(self): self.calls,self.values = [],[]
+    def init(self, project, name, config):
+        self.calls.append((project,name))
+        return self
+    def log(self, values, step): self.values.append((step,values))
+    def finish(self): self.calls.append('end')
+    def set_experiment(self, name): self.calls.append(name)
+    def start_run(self, run_name): self.calls.append(run_name)
+    def log_params(self, params): assert params['source']=='digits'
+    def log_metrics(self, values, step): self.log(values, step)
+    end_run = finish
+
+@pytest.mark.parametrize('name', ['wandb','trackio','mlflow'])
+def test_other_loggers(tmp_path, monkeypatch, name):
+    tool = FakeTool()
+    monkeypatch.setitem(sys.modules, name, tool)
+    learn = small_learner(n=40, cbs=[runs.RunLogger(name, tmp_path/'run', config=dict(source='digits'))])
+    learn.fit(2)
+    assert tool.calls[-1]=='end' and 'run' in str(tool.calls[:-1])
+    n = len(learn.recorder.losses)
+    assert [o for o,values in tool.values if 'step/loss' in values]==list(range(1, n+1))
+    assert [values['epoch/train_loss'] for o,values in tool.values if 'epoch/train_loss' in values]==\
+        [float(o[0]) for o in learn.recorder.values]
+
+def test_waiting_for_images_is_told(tmp_path, monkeypatch):
+    "Once, from a fifth of the time; by a clock that images and steps move on"
+    clock = [0.]
+    monkeypatch.setattr(resume.time, 'perf_counter', lambda: clock[0])
+    class Slow:
+        def __init__(self, x, secs): self.x,self.secs = x,secs
+        def __len__(self): return len(self.x)
+        def __getitem__(self, i):
+            clock[0] += self.secs
+            return self.x[i],
+    class Step(runs.Callback):
+        def after_batch(self): clock[0] += self.training
+    def fit(secs):
+        x = torch.rand(26, 1, 16, 16)
+        dls = runs.DataLoaders(*(TfmdDL(Slow(x, secs), bs=2, num_workers=0) for _ in range(2)), device='cpu')
+        learn = small_learner(dls=dls, cbs=[runs.ResumeTraining(tmp_path/f'{secs}.pth'), runs.TellDataWait(), Step()],
+                              learner=dict(loss_func=no_targets))
+        learn.fit(2)
+        return learn.resume_training.data_wait
+    with pytest.warns(UserWarning, match='4[678]% of the training time is spent waiting for images') as w:
+        # of 13 batches the first is not counted, its step is; an item may be loaded ahead
+        assert 11/(11+13)<=fit(.5)<=12/(12+13)
+    assert len([o for o in w if 'waiting' in str(o.message)])==1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert 1.1/(1.1+13)<=fit(.05)<=1.2/(1.2+13)+1e-9
 
 def test_time_left(capsys, monkeypatch):
     "Of the whole fit, from the time of the steps that were done"
