@@ -10,13 +10,14 @@ import torch, torch.nn.functional as F
 from fastai.callback import schedule  # noqa: F401  it patches Learner
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from harness import line
-from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
+from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe
 from self_supervised_swav.learner import swav_learner
 
@@ -28,6 +29,11 @@ def fashion(bs, seed, n_train=10_000, n_valid=5_000):
     ds = fashion_mnist_dls(n_train=n_train+n_valid, n_valid=10, bs=bs, seed=1000+seed, device='cpu').train.dataset
     return tensor_dls(ds.x, ds.y, ds.vocab, bs=bs, splits=(list(range(n_train)),list(range(n_train, n_train+n_valid))),
                       device='cpu')
+
+def fashion_test(seed):
+    "The same training images, and the 10,000 test images: for the report, once"
+    train,dls = fashion(128, seed).train,fashion_mnist_dls(n_train=10, device='cpu')
+    return DataLoaders(train, dls.valid)
 
 def digits(bs, seed): return digits_dls(bs=bs, valid_pct=.3, seed=seed, device='cpu')
 
@@ -76,19 +82,6 @@ class Average(Callback):
             else: m.copy_(v)
     def after_fit(self): self.learn.model.load_state_dict(self.mean)
 
-class Stages(Callback):
-    "Other pipelines from given shares of the fit on"
-    def __init__(self, stages): self.stages = stages  # (share, settings of the pipelines that differ)
-    def before_fit(self): self.now = None
-    def before_batch(self):
-        if not self.training: return
-        i = max(i for i,(share,_) in enumerate(self.stages) if self.learn.pct_train>=share)
-        if i==self.now: return
-        self.now = i
-        args = self.learn.recipe['augs'] | self.stages[i][1]
-        self.learn.swav.aug_pipelines = get_swav_aug_pipelines(**args)
-Stages.order = -5  # before the crops are cut
-
 class FirstProtos(Callback):
     "Prototypes by spherical k-means of the embeddings of some batches"
     def __init__(self, n_batches=16): self.n_batches = n_batches
@@ -113,7 +106,7 @@ FirstProtos.order = 9
 # --- the levers -------------------------------------------------------------------------------------------------------
 small = dict(layers=(1,1,1,1))
 levers = { # bs and epochs (of 4), as factors; lr as a factor of the recipe's; settings of swav_learner; callbacks
-    'base': {},
+    'base': dict(set=dict(jitter_s=.5, crop_sizes=(28,18)), lr=1.),  # what the recipe of 28 px was
     'jitter 2x': dict(set=dict(jitter_s=1.)),
     'jitter 3x': dict(set=dict(jitter_s=1.5)),
     'batch 64': dict(bs=.5),
@@ -137,7 +130,7 @@ levers = { # bs and epochs (of 4), as factors; lr as a factor of the recipe's; s
 
 def together(*names):
     "Levers at once"
-    r = dict(set={})
+    r = dict(set=dict(levers['base']['set']))
     for n in names:
         for k,v in levers[n].items():
             if k=='set': r['set'] |= v
@@ -145,8 +138,10 @@ def together(*names):
             else: r[k] = v
     return r
 
+# found one after the other: each name says what is changed at once
 levers['j2 b64'] = together('jitter 2x', 'batch 64')
-for _name in list(levers)[4:-1]: levers[f'j2 b64 {_name}'] = together('jitter 2x', 'batch 64', _name)
+for _name in [o for o in levers if o not in ('base','jitter 2x','jitter 3x','batch 64','j2 b64')]:
+    levers[f'j2 b64 {_name}'] = together('jitter 2x', 'batch 64', _name)
 levers['j2 b64 crops 20+14 lr 2x'] = together('jitter 2x', 'batch 64', 'crops 20+14', 'lr 2x')
 levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
 levers['j2 crops 20+14'] = together('jitter 2x', 'crops 20+14')
@@ -181,7 +176,7 @@ def run(data, lever, seed, length=1.):
     make,size,channels,bs,epochs = datasets[data]
     lever = levers[lever] if isinstance(lever, str) else lever
     bs,epochs = round(bs*lever.get('bs', 1)),max(1, round(epochs*lever.get('epochs', 1)*length))
-    settings = dict(lever.get('set', {}))
+    settings = levers['base']['set'] | lever.get('set', {})
     if 'crop_sizes' in settings:  # given for 28 px
         settings['crop_sizes'] = tuple(round(o*size/28) for o in settings['crop_sizes'])
     dls = make(bs, seed)
@@ -190,9 +185,7 @@ def run(data, lever, seed, length=1.):
     cbs = [NoValidation(), clock, *(f() for f in lever.get('cbs', ()))]
     learn = swav_learner(dls, 'resnet18', encoder=small|dict(channels=channels), cbs=cbs, **settings)
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
-    args = dict(lr_max=learn.lr*lever.get('lr', 1)) | lever.get('cycle', {})
-    if lever.get('fit')=='cosine': learn.fit_flat_cos(epochs, args['lr_max'], **lever.get('cycle', {}))
-    else: learn.fit_one_cycle(epochs, **args)
+    learn.fit_one_cycle(epochs, lr_max=1e-3*(bs/64)**.5*lever.get('lr', 1))
     encoder = learn.model.encoder
     return encoder,dict(cpu=clock.cpu, epochs=epochs, bs=bs,
                         loss=learn.collapse_monitor.history['loss/lnK'][-1],
@@ -219,30 +212,52 @@ def piece(data, lever, seed, length=1., todo=True):
     tmp.replace(path)
     return r
 
-def table(data, seeds, length):
+def fmt(values):
+    mean,more = f'{100*statistics.mean(values):.1f}',len(values)>1
+    return f'{mean} ± {100*statistics.stdev(values):.1f}' if more else mean
+
+def on_test(lever, seed, length, todo=True):
+    "What an encoder of Fashion-MNIST that is kept is worth on the test images"
+    name = name_of('fashion', lever, seed, length)
+    path,weights = out_dir/f'{name}-test.json',out_dir/f'{name}.safetensors'
+    if path.exists(): return piece('fashion', lever, seed, length, todo=False) | json.loads(path.read_text())
+    if not (todo and weights.exists()): return None
+    encoder = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, zero_init_last=False,
+                             channels=datasets['fashion'][2], **small)
+    encoder.load_state_dict(load_file(weights))
+    path.write_text(json.dumps(measure(fashion_test(seed), encoder)))
+    return on_test(lever, seed, length)
+
+def table(data, seeds, length, names, get=None):
+    get = get or (lambda lever, seed: piece(data, lever, seed, length, todo=False))
     keys = dict(knn='20-NN', white='whitened', ten='10 labels', sixty='60 labels')
     rows = [['lever','epochs','batch','CPU',*keys.values(),'seeds']]
-    for lever in ('pixels',*levers):
-        rs = [r for s in range(seeds) if (r := piece(data, lever, s, length, todo=False))]
+    for lever in names:
+        rs = [r for s in range(seeds) if (r := get(lever, s))]
         if not rs: continue
-        means = [f'{100*statistics.mean(r[k] for r in rs):.1f}' if k in rs[0] else '' for k in keys]
+        means = [fmt([r[k] for r in rs]) if k in rs[0] else '' for k in keys]
         rows.append([lever, str(rs[0].get('epochs', '')), str(rs[0].get('bs', '')),
                      f"{statistics.mean(r['cpu'] for r in rs):.0f} s", *means, str(len(rs))])
     return '\n'.join([line(rows[0]), line(['---']*len(rows[0])), *map(line, rows[1:])])
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--only', nargs='+', default=list(levers))
+    p.add_argument('--only', nargs='+', default=['pixels',*levers])
     p.add_argument('--data', nargs='+', choices=list(datasets), default=['fashion'])
     p.add_argument('--seeds', type=int, default=1)
     p.add_argument('--length', type=float, default=1., help='of the fit, as a factor')
     p.add_argument('--out', type=Path, default=out_dir)
     p.add_argument('--table', action='store_true', help='only print what is done')
+    p.add_argument('--test', action='store_true', help='what is kept of Fashion-MNIST, on the test images')
     args = p.parse_args(argv)
     globals()['out_dir'] = args.out
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
+    if args.test:
+        print(table('fashion', args.seeds, args.length, args.only,
+                    lambda lever,seed: on_test(lever, seed, args.length)))
+        return
     for seed in range(args.seeds):
         for data in args.data:
             for lever in args.only:
@@ -250,6 +265,6 @@ def main(argv=None):
                     r = piece(data, lever, seed, args.length)
                     print(f"{name_of(data, lever, seed, args.length)}: {json.dumps({k:v for k,v in r.items()})}",
                           file=sys.stderr, flush=True)
-    for data in args.data: print(data, table(data, args.seeds, args.length), sep='\n\n', end='\n\n')
+    for data in args.data: print(data, table(data, args.seeds, args.length, args.only), sep='\n\n', end='\n\n')
 
 if __name__=='__main__': main()

@@ -1286,6 +1286,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'self_supervised_swav/recipes.py'),
                                               'self_supervised_swav.recipes._put_crops': ( 'recipes.html#_put_crops',
                                                                                            'self_supervised_swav/recipes.py'),
+                                              'self_supervised_swav.recipes._put_measured': ( 'recipes.html#_put_measured',
+                                                                                              'self_supervised_swav/recipes.py'),
                                               'self_supervised_swav.recipes._round_lr': ( 'recipes.html#_round_lr',
                                                                                           'self_supervised_swav/recipes.py'),
                                               'self_supervised_swav.recipes._setting_text': ( 'recipes.html#_setting_text',

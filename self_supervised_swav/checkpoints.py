@@ -64,7 +64,11 @@ def save_encoder(
 )->Path: # `path`
     "Write the encoder's weights and settings as safetensors"
     encoder,views = encoder_of(learn_or_encoder)
-    text = json.dumps(_own_settings(encoder, views) | settings)
+    own = _own_settings(encoder, views)
+    # a recipe may train on crops that are smaller than the images whose features are meant
+    if size := getattr(learn_or_encoder, 'recipe', {}).get('features', {}).get('size'):
+        own['size'] = max(size, own.get('size') or 0)
+    text = json.dumps(own | settings)
     # a compiled module's names have a prefix; clones, for safetensors takes no two tensors of the same memory
     state = {k.replace('_orig_mod.', ''): v.detach().cpu().clone(memory_format=torch.contiguous_format)
              for k,v in encoder.state_dict().items()}

@@ -304,6 +304,7 @@ def swav_recipe(
     if n_protos is not None: _check_at_least('n_protos', n_protos, 2)
     r = common_recipe('swav', n_images, bs, image_size, n_classes, world_size)
     batch = bs*world_size
+    if 5000<=n_images<100_000 and 24<=_shorter_side(image_size)<64: _put_measured(r, _shorter_side(image_size), batch)
     longest_queue = min(15*batch, round_down((n_images-1)//4, batch))
     if n_protos is None:
         wanted,why = _wanted_protos(n_images, n_classes)
@@ -332,6 +333,16 @@ def swav_recipe(
     r.put('swav', 'queue_start_pct', 0.25, 'features must settle before the queue is used' if K else 'no queue')
     r.put('swav', 'freeze_protos_pct', 0.05, 'the encoder adapts to fixed prototypes in the first twentieth of the fit')
     return r
+
+def _put_measured(r, size, batch):
+    "What was better than the rules of all methods in as much time: see `benchmarks/levers.py`"
+    r.put('augs', 'jitter_s', 1., 'as in the paper: half of it was worse on 10,000 images of Fashion-MNIST')
+    sizes = round(size*5/7),round(size/2)
+    r.put('augs', 'crop_sizes', sizes, f'5/7 and 1/2 of the {size} px of the images: '
+          f'half the pixels to compute, and whole images at {size} px show things as large as these crops do')
+    r.put('features', 'size', size, 'whole images keep their size when features are extracted')
+    lr = _round_lr(2e-3*(batch/64)**.5)
+    r.put('fit', 'lr', lr, f'0.002 for a batch of 64 with Adam, times the square root of {batch}/64')
 
 def _wanted_protos(n_images, n_classes):
     "Number of prototypes for a data set, and why"

@@ -5,6 +5,8 @@ import pytest, torch, torchvision
 from fastai.callback.progress import ProgressCallback
 from fastai.optimizer import Adam, SGD
 from self_supervised_swav import learner, precision
+from self_supervised_swav.checkpoints import encoder_settings, save_encoder
+from self_supervised_swav.data import tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.learner import (deepcluster_learner, moco_learner, pretrain_learner, simclr_learner,
                                           swav_learner)
@@ -167,7 +169,7 @@ def test_every_method_has_a_learner(function, method, given):
 def test_recipe_of_another_run_is_taken_whole():
     r = swav_recipe(10_000, 256, 28, n_classes=2).override(swav=dict(eps=.07))
     learn = make(recipe=r, crop_sizes=(16,10))
-    assert learn.swav.eps==.07 and learn.lr==r['fit']['lr']==2e-3
+    assert learn.swav.eps==.07 and learn.lr==r['fit']['lr']==4e-3
     assert learn.recipe['model']['n_protos']==12 and r['model']['n_protos']==20
 
 @pytest.mark.parametrize('arch,sizes', [
@@ -240,3 +242,11 @@ def test_bf16_where_it_is_fast_unless_told(fast, bf16, monkeypatch):
     learn.fit(1)
     assert dtypes=={torch.bfloat16 if on else torch.float32}
     assert torch.stack(learn.recorder.losses).isfinite().all()
+
+def test_features_are_meant_for_whole_images(tmp_path):
+    "The recipe's crops are smaller than the images, which the file remembers; larger crops of one's own count"
+    dls = tensor_dls(torch.rand(6300, 1, 28, 28), bs=64, device='cpu')
+    for given,size in (({}, 28), (dict(crop_sizes=(16,10)), 28), (dict(crop_sizes=(32,16)), 32)):
+        learn = swav_learner(dls, 'resnet18', encoder=small, n_protos=12, **given)
+        assert learn.recipe['augs']['crop_sizes']==given.get('crop_sizes', (20,14))
+        assert encoder_settings(save_encoder(learn, tmp_path/'e.safetensors'))['size']==size
