@@ -159,7 +159,8 @@ def explore_page(
     groups = Groups(groups.groups[order], groups.distances[order], groups.centers)
     sheets,sizes = thumbnail_sheets(files, px, progress)
     names,base,odd = _names_and_addresses(files, root, out)
-    data = _page_data(x[order], _on_square(xy[order]), names, groups, sizes, px, n_neighbors, .9)|dict(base=base, odd=odd)
+    data = _page_data(x[order], _on_square(xy[order]), names, groups, sizes, px, n_neighbors, .9)
+    data.update(base=base, odd=odd)
     what = f"{groups!r}" + (f'; {note}' if note else '')
     _write_page(out, data, sheets, title=title or root.resolve().name or 'Images', note=what, axes=' and '.join(axes),
                 label=f'Map of {what}')

@@ -137,8 +137,8 @@ def load_prototypes(
     "What a run has learned above its encoder"
     path = Path(run)/'last.pth'
     if not has_state(path):
-        raise FileNotFoundError(f"prototypes are in the last checkpoint of a run, and there is no {path}: group by kmeans "
-                                "or hdbscan")
+        raise FileNotFoundError(f"prototypes are in the last checkpoint of a run, and there is no {path}: group by "
+                                "kmeans or hdbscan")
     state = {k.replace('_orig_mod.', ''): v for k,v in read_state(path, set_aside=False)['model'].items()}
     if 'prototypes.weight' not in state:
         raise ValueError(f"the method of {run} has no prototypes: group by kmeans or hdbscan")
