@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['encoder_of', 'save_encoder', 'encoder_settings', 'create_from_settings', 'load_encoder', 'load_whitening',
-           'read_checkpoint', 'Loaded', 'load_weights']
+           'read_checkpoint', 'Loaded', 'checkpoint_tensors', 'load_weights']
 
 # %% ../nbs/13_checkpoints.ipynb #7c699188
 import io, json, math, pickle, warnings, zipfile
@@ -197,7 +197,7 @@ def load_encoder(
     if settings.get('library') and not settings.get('lost'):
         _check_settings(settings, path)
         _check_shapes(path, settings)
-    encoder,state = create_from_settings(settings),_read(path)
+    encoder,state = create_from_settings(settings),checkpoint_tensors(path)
     state = {k: v for k,v in state.items() if not k.startswith(_whitening)}
     found = _match(encoder.state_dict(), state)
     if found.missing or found.unexpected: raise ValueError(f"{path} does not fit its own settings: {_say(found)}")
@@ -231,7 +231,8 @@ class _StandIn:
 
 class _StorageSize:
     "Bytes of a number in a kind of storage of torch"
-    sizes = dict(ComplexDouble=16, ComplexFloat=8, Double=8, Long=8, Float=4, Int=4, QInt32=4, Half=2, BFloat16=2, Short=2)
+    sizes = dict(ComplexDouble=16, ComplexFloat=8, Double=8, Long=8, Float=4, Int=4, QInt32=4, Half=2, BFloat16=2,
+                 Short=2)
     def __init__(self, name): self.n_bytes = self.sizes.get(name.removesuffix('Storage'), 1)
 
 class _Sizes(pickle.Unpickler):
@@ -280,7 +281,8 @@ def read_checkpoint(
         _check_pickle(path)
         return torch.load(path, map_location='cpu', weights_only=True)
     except _TooMany:
-        raise ValueError(f"{path} asks for more memory than its own size: it is damaged, or not to be trusted") from None
+        raise ValueError(f"{path} asks for more memory than its own size: it is damaged, or not to be "
+                         "trusted") from None
     # of any kind: pickle's are many
     except Exception as e: raise ValueError(f"{path} is neither safetensors nor weights of torch.save ({e})") from e
 
@@ -301,6 +303,9 @@ def _say(o):
 
 def _tensors(path, o):
     "The tensors of a checkpoint, which may lie inside of something larger"
+    if isinstance(o, dict) and isinstance(o.get('classy_state_dict'), dict): # VISSL: the network in two parts
+        model = o['classy_state_dict'].get('base_model', {}).get('model', {})
+        o = {f'{part}.{k}': v for part in ('trunk','heads') for k,v in model.get(part, {}).items()}
     for _ in range(5):
         if not isinstance(o, dict) or any(isinstance(v, torch.Tensor) for v in o.values()): break
         o = next((o[k] for k in ('state_dict','model') if k in o), None)
@@ -310,7 +315,10 @@ def _tensors(path, o):
 
 def _is_dense(o): return isinstance(o, torch.Tensor) and o.layout==torch.strided and not o.is_meta
 
-def _read(path):
+def checkpoint_tensors(
+    path # Checkpoint: safetensors, or what `torch.save` wrote
+)->dict: # Tensors by name
+    "The tensors of a checkpoint, which may lie inside of something larger, on the CPU"
     if Path(path).suffix=='.safetensors':
         with _open(path) as f: return {k: f.get_tensor(k) for k in f.keys()}
     return _tensors(path, read_checkpoint(path))
@@ -335,7 +343,7 @@ def load_weights(
     path # Checkpoint: safetensors, or what `torch.save` or `learn.save` wrote
 )->Loaded: # Which tensors matched, are missing, are unexpected
     "Take the weights of `path` into `encoder`, where they fit"
-    theirs,own = _read(path),encoder.state_dict()
+    theirs,own = checkpoint_tensors(path),encoder.state_dict()
     prefix = _prefix(own, theirs)
     found = _match(own, theirs, prefix)
     if not found.matched: raise ValueError(f"{path} does not fit the encoder: {_say(found)}")
