@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-machines test-oldest test-newest bench bench-quick bench-quality bench-methods check lab readme clean
+.PHONY: help demo test test-slow test-gpu test-machines test-oldest test-newest bench bench-quick bench-quality bench-methods check lab readme clean
 
 help:                                 ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,9 @@ test: $(VENV)/.installed-dev          ## everything that must hold before a chan
 
 test-slow: $(VENV)/.installed-dev     ## the tests marked slow
 	$(BIN)/python -m pytest -q -m slow tests
+
+test-gpu: $(VENV)/.installed-dev      ## the tests that need a GPU, where there is one
+	$(BIN)/python tools/gpu.py
 
 test-machines: $(VENV)/.installed-dev ## numeric tests and trainings as other machines would run them: an hour
 	$(BIN)/python tools/machines.py

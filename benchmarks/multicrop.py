@@ -66,26 +66,30 @@ def loaded(tfm, images, bs, workers):
         return partial(next, it)
     return start
 
-def contestants(bs=32, sizes=sizes, workers=2):
+def contestants(bs=32, sizes=sizes, workers=2, device='cpu'):
     "Name to a function that gives a function that makes one batch of crops"
     images = photographs(bs)
-    x,pipes = batch(images),get_swav_aug_pipelines(**sizes)
+    x,pipes = batch(images).to(device),get_swav_aug_pipelines(**sizes)
     n,s,lo,hi = sizes.values()
     lightly = SwaVTransform(crop_counts=n, crop_sizes=s, crop_min_scales=lo, crop_max_scales=hi)
     return {'this package': lambda: partial(MultiCrop(pipes).cut, x),
-            'kornia chain': lambda: partial(KorniaCrops(**sizes), x),
+            'kornia chain': lambda: partial(KorniaCrops(**sizes).to(device), x),
             f'torchvision PIL, {workers} workers': loaded(TorchvisionCrops(**sizes), images, bs, workers),
             f'lightly PIL, {workers} workers': loaded(lightly, images, bs, workers)}
 
-def images_per_second(contestants, bs, rounds=5, steps=4, warmup=2):
+def images_per_second(contestants, bs, rounds=5, steps=4, warmup=2, device='cpu'):
     "Median images a second of each of `contestants`, in alternating runs"
     rates = {k:[] for k in contestants}
+    def finish():
+        if device!='cpu': torch.cuda.synchronize()
     for _ in range(rounds):
         for name,start in contestants.items():
             f = start()
             for _ in range(warmup): f()
+            finish()
             t = time.perf_counter()
             for _ in range(steps): f()
+            finish()
             rates[name].append(bs*steps/(time.perf_counter()-t))
             del f
     return {k:statistics.median(v) for k,v in rates.items()}

@@ -10,13 +10,13 @@ from fastai.callback.channelslast import ChannelsLast
 from harness import Row, machine, table, write
 from kernels import contrastive_rows, growth_row, growth_rows, loss_rows, momentum_rows, sinkhorn_rows
 from multicrop import contestants, images_per_second, sizes
-from steps import epoch_rows, settings, share_rows, step_rows, variant_rows
+from steps import epoch_rows, gpu_rows, settings, share_rows, step_rows, variant_rows
 
 small = dict(sizes, num_crops=(2,4), crop_sizes=(96,48))
 
 def crop_rows(bs, sizes, rounds, steps=4, device='cpu'):
-    fs = contestants(bs, sizes)
-    rates = images_per_second(fs, bs, rounds, steps)
+    fs = contestants(bs, sizes, device=device)
+    rates = images_per_second(fs, bs, rounds, steps, device=device)
     (n,m),(s,t) = sizes['num_crops'],sizes['crop_sizes']
     targets = dict(zip(fs, ('','5x (7x)','2x (3x)',''))) if bs==32 and s==224 else {}
     for k in list(fs)[1:]:
@@ -37,13 +37,15 @@ def crop_growth(rounds, sizes=small, bs=8):
 def sections(quick, device):
     "Name to a function that measures, and gives rows"
     rounds,d = (3 if quick else 9),dict(device=device)
-    s = {'crops': partial(crop_rows, 32, sizes, 2 if quick else 5),
+    s = {'crops': partial(crop_rows, 32, sizes, 2 if quick else 5, **d),
          'sinkhorn': partial(sinkhorn_rows, ((8,30),(512,3000),(4096,3000)), rounds, **d) if quick
          else partial(sinkhorn_rows, rounds=rounds, **d),
          'loss': partial(loss_rows, rounds=rounds, memory=not quick, **d),
          'step': partial(step_rows, rounds=2 if quick else 3, **d, **settings['resnet18'])}
     if quick: return s
-    return s|{'small crops': partial(crop_rows, 32, small, 5), 'large batch': partial(crop_rows, 256, sizes, 2, 2),
+    if device!='cpu': s['GPU step'] = partial(gpu_rows, **d, **settings['gpu'])
+    return s|{'small crops': partial(crop_rows, 32, small, 5, **d),
+              'large batch': partial(crop_rows, 256, sizes, 2, 2, **d),
               'contrastive': partial(contrastive_rows, rounds=rounds, **d), 'momentum': partial(momentum_rows, **d),
               'SimCLR step': partial(share_rows, 'simclr', **d), 'MoCo step': partial(share_rows, 'mocov2', **d),
               'bfloat16': partial(epoch_rows, **d),

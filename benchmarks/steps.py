@@ -3,6 +3,8 @@ import time
 from functools import partial
 
 import torch, torch.nn.functional as F
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
@@ -11,7 +13,7 @@ from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
 from lightly.transforms import SwaVTransform
 from torch import nn
 
-from harness import Row, race
+from harness import Row, fmt_time, race
 from multicrop import batch, loaded, photographs
 from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.data import fashion_mnist_dls, tensor_dls
@@ -24,7 +26,8 @@ from self_supervised_swav.swav import SWAV
 
 settings = dict(
     resnet18=dict(arch='resnet18', bs=64, num_crops=(2,4), crop_sizes=(96,48)),
-    resnet50=dict(arch='resnet50', bs=8, num_crops=(2,6), crop_sizes=(224,96)))
+    resnet50=dict(arch='resnet50', bs=8, num_crops=(2,6), crop_sizes=(224,96)),
+    gpu=dict(arch='resnet50', bs=256, num_crops=(2,6), crop_sizes=(224,96)))
 scales = dict(min_scales=(.25,.05), max_scales=(1.,.14))
 hidden,dim,n_protos = 2048,128,3000
 own_sizes = dict(swav=dict(n_protos=n_protos))
@@ -177,6 +180,17 @@ def share_rows(method='simclr', rounds=3, n=2, device='cpu', **setting):
     others += f", loss {times[extras[1]]/times['step']:.1%}"
     yield Row(f'share of a {method_named(method).callback.title} step outside of the encoder', _size(**setting),
               f'{1-inside:.1%}', others, '', '', '8 %' if method=='simclr' else '')
+
+def gpu_rows(rounds=3, n=5, device='cuda', **setting):
+    "Where the time of a large step goes on a GPU, in bfloat16 and channels_last"
+    cbs = [ChannelsLast(),MixedPrecision(amp_mode='bf16')]
+    run = our_step(images=batch(photographs(setting['bs'])), device=device, cbs=cbs, **setting)
+    times = race_steps({'this package': run}, rounds, n)['this package']
+    size = _size(**setting)+', bfloat16, channels_last'
+    yield Row('training step', size, fmt_time(times['step']), '', '')
+    outside = 1-sum(times[k] for k in needed)/times['step']
+    yield Row('share of the step outside encoder and optimizer', size, f'{outside:.1%}',
+              ', '.join(f"{k} {times[k]/times['step']:.1%}" for k in extras), '', '', '(8 %)')
 
 def variant_rows(variants, rounds=3, n=2, device='cpu', **setting):
     "The step with other arguments of `our_step`"

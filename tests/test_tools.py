@@ -171,3 +171,11 @@ def test_outputs_name_no_place(nb):
     "What a notebook shows is the same on every machine: no path of the one that ran it"
     outputs = json.dumps([c.get('outputs', []) for c in json.loads(nb.read_text())['cells']])
     assert str(root) not in outputs and str(Path.home()) + '/' not in outputs and 'site-packages' not in outputs
+
+def test_gpu_tests_are_right():
+    "The tests for a GPU, tried on a CPU: a part that is quick"
+    env = dict(os.environ, SWAV_DEVICE='cpu')
+    res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-m', 'gpu', 'tests/test_gpu.py', '-k',
+                          'queue or sinkhorn or crops or contrastive or resume', '-p', 'no:cacheprovider'],
+                         cwd=root, env=env, capture_output=True, text=True)
+    assert res.returncode==0, res.stdout

@@ -73,14 +73,14 @@ def read_counts(xml):
     failed = sum(int(suite.get(k, 0)) for k in ('failures', 'errors'))
     return Count(int(suite.get('tests'))-failed-skipped.total(), failed, skipped)
 
-def tests(*args, may_be_none=False):
-    "Tests that are not marked slow, those that the arguments for pytest select"
+def tests(*args, may_be_none=False, marked='not slow and not gpu'):
+    "Tests that are `marked` so, those that the arguments for pytest select"
     start = time.time()
     with tempfile.TemporaryDirectory() as tmp:
         xml = Path(tmp)/'tests.xml'
         how = ['-q', '-rfE', '--tb=short', '--disable-warnings', f'-n{n_workers()}', '--dist=worksteal',
                f'--durations={n_slowest}', '--durations-min=1']
-        ret = subprocess.run([sys.executable, '-m', 'pytest', *how, '-m', 'not slow', f'--junitxml={xml}',
+        ret = subprocess.run([sys.executable, '-m', 'pytest', *how, '-m', marked, f'--junitxml={xml}',
                               *(args or ['tests'])], cwd=root).returncode
         count = read_counts(xml) if xml.exists() else Count()
     if ret == 5 and may_be_none: ret = 0
