@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['loggers', 'option', 'check_arg', 'check_least', 'check_device', 'MachineArgs', 'ImageArgs', 'PretrainArgs',
-           'EvaluateArgs', 'label_part', 'EmbedArgs', 'GroupArgs', 'SortArgs', 'ExploreArgs', 'versions']
+           'EvaluateArgs', 'label_part', 'EmbedArgs', 'ReplayArgs', 'GroupArgs', 'SortArgs', 'ExploreArgs', 'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
 import platform
@@ -164,6 +164,15 @@ class EmbedArgs(ImageArgs):
         super().check()
         check_arg('out', self.out, lambda o: str(o).endswith(('.npy','.parquet')),
                   'a file that ends in .npy or .parquet')
+
+# %% ../nbs/17_args.ipynb #97441e0e
+@dataclass
+class ReplayArgs:
+    "Repeat the step that was not finite, and name the first value that is not"
+    file:str # nan_batch.pt in the folder of a run
+    device:str = option(metavar='NAME') # Device, such as cpu or cuda:1 (default: the GPU if there is one)
+
+    def __post_init__(self): check_device(self.device)
 
 # %% ../nbs/17_args.ipynb #5a0c7a11
 @dataclass(kw_only=True)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 'exit_codes', 'command', 'pretrain', 'evaluate',
-           'embed', 'sort', 'explore', 'create_parser', 'main', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
+           'embed', 'replay', 'sort', 'explore', 'create_parser', 'main', 'swav_pretrain', 'swav_evaluate',
+           'swav_embed']
 
 # %% ../nbs/49_cli.ipynb #7e5919ff
 import argparse, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from .args import EmbedArgs, EvaluateArgs, ExploreArgs, PretrainArgs, SortArgs, versions
+from .args import EmbedArgs, EvaluateArgs, ExploreArgs, PretrainArgs, ReplayArgs, SortArgs, versions
 
 # %% ../nbs/49_cli.ipynb #a28b3f62
 def flag_of(
@@ -145,6 +146,15 @@ def embed(args):
     from self_supervised_swav.embed import embed_images
     n,d = embed_images(args)
     print(f'Wrote {n:,} features of width {d:,} to {args.out}')
+
+# %% ../nbs/49_cli.ipynb #05af9872
+@command(ReplayArgs)
+def replay(args):
+    "`swav replay`"
+    from self_supervised_swav.runs import replay_batch
+    found = replay_batch(args.file, args.device)
+    print(f"not finite, in this order: {', '.join(found[:10])}{' ...' if len(found)>10 else ''}" if found else
+          "everything is finite on this machine")
 
 # %% ../nbs/49_cli.ipynb #5a0c7a12
 @command(SortArgs)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['parse_settings', 'epoch_record', 'EpochHistory', 'SaveEncoder', 'hours', 'TimeLeft', 'EpochLines', 'TellDataWait',
            'import_logger', 'open_logger', 'RunLogger', 'stop_on_signals', 'check_out', 'saved_args', 'saved_recipe',
-           'configured', 'resumed_args', 'folders_of_classes', 'tell_merged', 'PretrainRun', 'find_encoder']
+           'configured', 'resumed_args', 'folders_of_classes', 'tell_merged', 'PretrainRun', 'find_encoder',
+           'replay_batch']
 
 # %% ../nbs/37_runs.ipynb #388a603e
 import ast, json, math, os, re, shlex, signal, sys, threading, time, warnings
@@ -15,17 +16,18 @@ from dataclasses import asdict, fields, replace
 from importlib import import_module
 from pathlib import Path
 from fastai.callback import schedule  # noqa: F401  it patches Learner
-from fastai.callback.core import Callback
+import torch
+from fastai.callback.core import CancelFitException, Callback
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.data.core import DataLoaders
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import default_device, set_seed, to_device
 from .args import PretrainArgs, versions
 from .checkpoints import save_encoder
-from .data import random_split, subset
+from .data import random_split, subset, tensor_dls
 from .evaluate import KNNMetric, extract_features
-from .files import atomic_path, check_writable, has_state, write_json
+from .files import atomic_path, check_writable, has_state, read_state, write_json, write_state
 from .learner import check_settings, pretrain_learner
-from .multiview import method_of
+from .multiview import MultiView, method_of
 from . import report  # noqa: F401  it patches Learner
 from .recipes import Recipe
 from .resume import ResumeTraining, TrainingStopped, fit_progress
@@ -457,6 +459,7 @@ class PretrainRun:
         except BaseException as e:
             if isinstance(e, TrainingStopped): learn.save_encoder.save()
             elif not (self.args.resume or (self.out/'last.pth').exists()): self._undo(made)
+            if isinstance(e, FloatingPointError): self._keep_batch(e)
             if isinstance(e, KeyboardInterrupt): e.signum = came[0] if came else signal.SIGINT
             raise
         learn.save_encoder.save(whitening=self._whitening())
@@ -502,6 +505,20 @@ class PretrainRun:
         for o in ('settings.json','history.csv','history.jsonl'): (self.out/o).unlink(missing_ok=True)
         if made: self.out.rmdir()
 
+    def _keep_batch(self, e):
+        "Write what `replay_batch` needs, and say so in the error"
+        method,path = method_of(self.learn),self.out/'nan_batch.pt'
+        images,crops = method.images,self.learn.xb[0]
+        if images is None or not isinstance(crops, list): return
+        def plain(x): return x.detach().cpu().as_subclass(torch.Tensor)
+        write_state(dict(
+            images=plain(images), crops=[plain(o) for o in crops], epoch=self.learn.epoch, iter=self.learn.iter,
+            n_epoch=self.epochs, pct_train=float(self.learn.pct_train), bf16=hasattr(self.learn, 'mixed_precision'),
+            model={k: plain(v) if isinstance(v, torch.Tensor) else v for k,v in method.bare_model.state_dict().items()},
+            arch=self.args.arch or 'resnet18', method=self.args.method,
+            recipe=json.dumps(dict(self.learn.recipe), default=str)), path)
+        e.args = (f"{e}. Its batch is kept: swav replay {shlex.quote(str(path))}",)
+
     def _labels(self):
         "For the pictures: None for those of the data, or the folder of each training image; False for none"
         if self.images.files is None: return None
@@ -517,3 +534,53 @@ def find_encoder(
     if not path.is_file():
         raise FileNotFoundError(f"no encoder at {path}: a run of swav pretrain has one after its first epoch")
     return path
+
+# %% ../nbs/37_runs.ipynb #542d0225
+class _Replay(Callback):
+    "Take one step on a kept batch, and note in `found` what is not finite"
+    order = MultiView.order+1  # in place of the crops that the method has cut
+    def __init__(self, state): self.state,self.found = state,[]
+
+    def note(self, name, x):
+        tensors = [o for o in (x if isinstance(x, (tuple,list)) else [x]) if isinstance(o, torch.Tensor)]
+        if any(not bool(o.isfinite().all()) for o in tensors if o.is_floating_point()): self.found.append(name)
+
+    def before_batch(self):
+        method,model,state = method_of(self.learn),method_of(self.learn).bare_model,self.state
+        model.load_state_dict(state['model'])
+        for name,p in model.named_parameters(): self.note(f'weight {name}', p)
+        images,crops = (to_device(state[o], self.dls.device) for o in ('images','crops'))
+        method.images,method.sizes,self.learn.xb = images,[len(images)],(crops,)
+        self.learn.pct_train = state['pct_train']
+        self.note('images', images)
+        for i,o in enumerate(crops): self.note(f'crop {i}', o)
+        def hook_of(name): return lambda m, args, out: self.note(f'output of {name or "the model"}', out)
+        self.hooks = [m.register_forward_hook(hook_of(name)) for name,m in model.named_modules()]
+
+    def after_loss(self): self.note('loss', self.learn.loss_grad)
+    def after_backward(self):
+        for name,p in method_of(self.learn).bare_model.named_parameters(): self.note(f'gradient of {name}', p.grad)
+        raise CancelFitException
+
+def replay_batch(
+    path, # `nan_batch.pt` of a run
+    device=None # Device to compute on
+)->list: # Names of what is not finite, in the order of the computation; empty where all is finite on this machine
+    "Repeat the step of a kept batch"
+    state = read_state(path, set_aside=False)
+    if state is None: raise FileNotFoundError(f"no such file: {path}")
+    if 'crops' not in state: raise ValueError(f"{path} is not a batch that a run has kept")
+    recipe = _as_tuples(json.loads(state['recipe']))
+    n_images = (recipe.get(state['method'], {}).get('K') or 0)+len(state['images'])+1  # the queue asks for so many
+    blank = torch.zeros(n_images, state['images'].shape[1], 16, 16, dtype=torch.uint8)
+    dls = tensor_dls(blank, bs=len(state['images']), valid_pct=0, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # about the blank images
+        learn = pretrain_learner(dls, state['arch'], state['method'], recipe=recipe, bf16=state['bf16'])
+    replay = _Replay(state)
+    with learn.no_bar(), learn.no_logging():
+        try: learn.fit(state['n_epoch'], cbs=replay)
+        except FloatingPointError: pass  # the method has found it, too
+        finally:
+            for o in replay.hooks: o.remove()
+    return replay.found

@@ -163,6 +163,21 @@ def test_values_that_are_not_finite(command, tmp_path):
     "One line, without fastai's words about the callback"
     code,_,err = command('pretrain', 'digits', '--epochs', 1, '--out', tmp_path/'run', *tiny, 'lr=1e30')
     assert code==2 and 'not finite in batch' in err and 'Exception occured' not in err and len(err.splitlines())==1
+    kept = tmp_path/'run'/'nan_batch.pt'
+    assert err.endswith(f'Its batch is kept: swav replay {kept}\n')
+    code,said,_ = command('replay', kept)
+    assert code==0 and said.startswith('not finite, in this order: ')
+    state = torch.load(kept, weights_only=True)
+    assert len(state['images'])==64 and [o.shape[-1] for o in state['crops']]==[16,16,10]
+    # a batch that is not finite itself is the first that is named; one that is finite is said to be so
+    good = command('pretrain', 'digits', '--epochs', 1, '--out', tmp_path/'good', *tiny)[0]
+    model = torch.load(tmp_path/'good'/'last.pth', weights_only=True)['model']
+    torch.save(state | dict(model=model), tmp_path/'fine.pt')
+    assert good==0 and command('replay', tmp_path/'fine.pt')[1]=='everything is finite on this machine\n'
+    state['crops'][1][0,0,0,0] = torch.nan
+    torch.save(state | dict(model=model), tmp_path/'nan.pt')
+    assert command('replay', tmp_path/'nan.pt')[1].startswith('not finite, in this order: crop 1, output of encoder.')
+    assert command('replay', tmp_path/'good'/'last.pth')[0]==command('replay', tmp_path/'none.pt')[0]==2
 
 def test_reasons(tmp_path):
     "What was given says so, what was not does not"
