@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['parse_settings', 'epoch_record', 'EpochHistory', 'SaveEncoder', 'hours', 'TimeLeft', 'EpochLines', 'TellDataWait',
-           'import_logger', 'open_logger', 'RunLogger', 'stop_on_signals', 'check_out', 'saved_args', 'saved_recipe',
-           'configured', 'resumed_args', 'folders_of_classes', 'tell_merged', 'PretrainRun', 'find_encoder',
-           'replay_batch']
+           'import_logger', 'open_logger', 'RunLogger', 'secs_per_step', 'stop_on_signals', 'check_out', 'saved_args',
+           'saved_recipe', 'configured', 'resumed_args', 'folders_of_classes', 'tell_merged', 'PretrainRun',
+           'find_encoder', 'replay_batch']
 
 # %% ../nbs/37_runs.ipynb #388a603e
 import ast, json, math, os, re, shlex, signal, sys, threading, time, warnings
@@ -215,6 +215,27 @@ class RunLogger(Callback):
         if self.log is not None: self.close()
         self.log = None
 
+# %% ../nbs/37_runs.ipynb #08404ae4
+class _Stopwatch(Callback):
+    "End a fit after `n` steps, and note when each has ended"
+    run_valid = False
+    def __init__(self, n): self.n,self.ends = n,[]
+    def after_batch(self):
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        self.ends.append(time.monotonic())
+        if len(self.ends)>self.n: raise CancelFitException
+
+def secs_per_step(
+    learn, # A Learner to throw away: its model is trained
+    n:int=8 # Steps, after a first one
+)->float: # The mean, with the loading of the images
+    "Seconds of a training step on this machine"
+    watch = _Stopwatch(n)
+    with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
+        warnings.simplefilter('ignore', UserWarning)  # they come again in the run
+        learn.fit(n+1, cbs=watch)
+    return (watch.ends[-1]-watch.ends[0])/n
+
 # %% ../nbs/37_runs.ipynb #115bb744
 @contextmanager
 def stop_on_signals(
@@ -241,7 +262,7 @@ def stop_on_signals(
 _presets = {'digits':        (dict(layers=(1,1,1,1), channels=(16,32,64,128)),dict(flip_p=0.)),
             'fashion-mnist': (dict(layers=(1,1,1,1), channels=(32,64,128,256)),{})}
 
-_not_saved = 'out','resume','extend','device','config','log'  # these may differ when a run is continued
+_not_saved = 'out','resume','extend','device','config','log','hours'  # these may differ when a run is continued
 
 def check_out(
     out, # Folder of a run
@@ -373,9 +394,13 @@ class PretrainRun:
                                   self.args.skip_bad)
         self.uses_labels = self._has_labels()
         self.size = self.args.size or self.images.size
+        if self.args.bs=='auto': self.args = replace(self.args, bs=self._find_bs())
+        why = 'given'
+        if args.hours: self.args,why = self._epochs_for(args.hours)
+        set_seed(self.args.seed)  # whatever was measured
         self.learn = self._make_learner()
         fit = self.learn.recipe['fit']
-        if self.args.epochs is not None: self.learn.recipe.put('fit', 'n_epoch', self.args.epochs, 'given')
+        if self.args.epochs is not None: self.learn.recipe.put('fit', 'n_epoch', self.args.epochs, why)
         self.epochs = fit['n_epoch']
 
     def _check_settings(self):
@@ -383,7 +408,8 @@ class PretrainRun:
         a = self.args
         encoder,given = parse_settings(a.settings)
         with self._in_settings_words():
-            check_settings(a.arch or 'resnet18', a.method, encoder, image_size=a.size, bs=a.bs, n_in=a.n_in, **given)
+            check_settings(a.arch or 'resnet18', a.method, encoder, image_size=a.size,
+                           bs=64 if a.bs=='auto' else a.bs, n_in=a.n_in, **given)
 
     @contextmanager
     def _in_settings_words(self):
@@ -404,21 +430,50 @@ class PretrainRun:
             tell_merged(self.images)
         return wanted
 
-    def _make_dls(self, labelled):
-        a = self.args
+    def _make_dls(self, labelled, bs=None):
+        a,bs = self.args,bs or self.args.bs
         device = default_device() if a.device is None else a.device
-        return self.images.dls(self.size, a.n_in, a.bs, labelled=labelled, num_workers=a.num_workers, device=device)
+        return self.images.dls(self.size, a.n_in, bs, labelled=labelled, num_workers=a.num_workers, device=device)
 
-    def _make_learner(self):
-        a,images = self.args,self.images
+    def _find_bs(self, gain=1.1):
+        "The largest batch size that fits, as long as doubling it makes an image `gain` times as fast"
+        n_train = len(self._make_dls(False, 64).train_ds)
+        bs,found,speed = min(32, n_train),None,0.
+        while bs<=max(32, n_train//4):
+            try: now = bs/secs_per_step(self._make_learner(bs))
+            except torch.OutOfMemoryError:
+                if found is None: raise
+                break
+            if now<gain*speed: break
+            found,speed,bs = bs,now,2*bs
+        print(f"--bs {found}: {speed:,.0f} images a second", flush=True)
+        return found
+
+    def _epochs_for(self, hours):
+        "Arguments with the epochs that take `hours`, and why"
+        learn = self._make_learner(self.args.bs)
+        secs,dls = secs_per_step(learn),learn.dls
+        measured = 6000/self.args.bs if self.args.knn and self.uses_labels else 0
+        forward = len(dls.valid)+min(measured, len(dls.train)+len(dls.valid))
+        epoch = secs*(len(dls.train)+forward/2)  # without a backward pass: at most half a step
+        n = int((3600*hours*.95-20)/epoch)  # the report and what else runs on the machine
+        if n<1:
+            least = (epoch+20)/.95/3600
+            raise ValueError(f"hours must be at least {least:.2g} for one epoch on this machine, got {hours:g}")
+        return replace(self.args, epochs=n, hours=None),f'{hours:g} h, at {secs:.2g} s a step as measured'
+
+    def _make_learner(self,
+        trial_bs=None # A batch size, for a Learner that is only measured
+    ):
+        a,images = self.args if trial_bs is None else replace(self.args, bs=trial_bs),self.images
         encoder,given = parse_settings(a.settings)
         preset,flips = ({},{}) if self.recipe else _presets.get(a.source, ({},{}))
         chosen = [f'augs.{o}' for o in flips.keys()-given]
         if a.arch is None:
             chosen += [f'encoder.{o}' for o in preset.keys()-encoder]
             encoder = preset | encoder
-        dls = self._make_dls(labelled=images.files is None)
-        cbs = self._make_callbacks(dls)
+        dls = self._make_dls(images.files is None, a.bs)
+        cbs = self._make_callbacks(dls) if trial_bs is None else []
         with self._in_settings_words():
             learn = pretrain_learner(dls, a.arch or 'resnet18', a.method, encoder, cbs=cbs, recipe=self.recipe,
                                      **flips | given)

@@ -273,6 +273,45 @@ def test_waiting_for_images_is_told(tmp_path, monkeypatch):
         warnings.simplefilter('error')
         assert 1.1/(1.1+13)<=fit(.05)<=1.2/(1.2+13)+1e-9
 
+def test_hours_and_batch_size(tmp_path, monkeypatch, capsys):
+    "As many epochs as fit into the time; a batch that grows as long as it pays and fits"
+    monkeypatch.setattr(runs, 'secs_per_step', lambda learn: 2.)
+    kwargs = dict(knn=False, settings=tiny[1:])
+    run = runs.PretrainRun('digits', tmp_path/'a', hours=1., **kwargs)
+    n,steps = run.epochs,22+6/2  # 1,438 and 359 images in batches of 64; validation has no backward pass
+    assert n*steps*2+20<=3600<(n+1)*steps*2+20+.05*3600 and not (tmp_path/'a').exists()
+    assert run.learn.recipe.reasons['fit.n_epoch']=='1 h, at 2 s a step as measured' and run.args.epochs==n
+    with pytest.raises(ValueError, match='hours must be at least 0.02.* for one epoch on this machine, got 0.01'):
+        runs.PretrainRun('digits', tmp_path/'a', hours=.01, **kwargs)
+    secs = {32: 1., 64: 1.5, 128: 2.4, 256: 4.7}
+    monkeypatch.setattr(runs, 'secs_per_step', lambda learn: secs[learn.dls.train.bs])
+    assert runs.PretrainRun('digits', tmp_path/'a', bs='auto', **kwargs).learn.dls.train.bs==128  # 53 to 54 an s
+    def full(learn):
+        if learn.dls.train.bs>64: raise torch.OutOfMemoryError('full')
+        return 1.
+    monkeypatch.setattr(runs, 'secs_per_step', full)
+    run = runs.PretrainRun('digits', tmp_path/'a', bs='auto', **kwargs)
+    assert run.args.bs==run.learn.dls.train.bs==64 and 'bs 64' in capsys.readouterr().out
+    same = runs.PretrainRun('digits', tmp_path/'a', bs=64, **kwargs)  # measuring changes nothing
+    for a,b in zip(run.learn.model.parameters(), same.learn.model.parameters()): assert torch.equal(a, b)
+
+def test_hours_and_batch_size_refused(command):
+    for args,match in ((['--hours','0'],'--hours must be positive, got 0.0'),
+                       (['--bs','few'],"invalid int_or_auto value"),
+                       (['--hours','1','--epochs','3'],'--hours 1.0 and --epochs 3 cannot be given both')):
+        code,_,err = command('pretrain', 'digits', *args)
+        assert code==2 and match in err
+    code,_,err = command('embed', 'run', 'photos', '--bs', 'auto')
+    assert code==2 and "--bs must be a whole number, at least 1, got 'auto'" in err
+
+def test_time_of_a_step(monkeypatch):
+    learn,clock = small_learner(n=100),[0.]
+    class Tick(runs.Callback):
+        def before_batch(self): clock[0] += 3 if self.training else 100
+    learn.add_cb(Tick())
+    monkeypatch.setattr(runs.time, 'monotonic', lambda: clock[0])
+    assert runs.secs_per_step(learn, 3)==3
+
 def test_time_left(capsys, monkeypatch):
     "Of the whole fit, from the time of the steps that were done"
     learn,clock = small_learner(n=100, cbs=[runs.TimeLeft(after=2.)]),[0.]
