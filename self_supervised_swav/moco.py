@@ -36,10 +36,17 @@ class MoCoModel(MultiCropModel):
     def forward(self,
         x, # One batch of images, or a list of crops of them
         keys=None # Crops for the momentum encoder; None: those of `x` at `key_ids`
-    ) -> tuple: # Unit-norm embeddings of all crops (V*B,d), and of the keys (A*B,d) without gradient
-        "Embed the crops, and the key crops by the momentum encoder"
-        if keys is None: keys = [x] if isinstance(x, torch.Tensor) else [x[i] for i in self.key_ids]
-        return self.embed(x),self.embed_keys(keys)
+    ) -> tuple: # Unit-norm embeddings of the queries (Q*B,d), and of the keys (A*B,d) without gradient
+        "Embed the crops that are queries, and the key crops by the momentum encoder"
+        if isinstance(x, torch.Tensor): return self.embed(x),self.embed_keys([x] if keys is None else keys)
+        if keys is None: keys = [x[i] for i in self.key_ids]
+        return self.embed([x[i] for i in self.query_ids(len(x))]),self.embed_keys(keys)
+
+    def query_ids(self,
+        n_crops:int # Number of crops
+    )->list:
+        "The crops that have a key of another crop to be compared with: all, but the only one with a key"
+        return [i for i in range(n_crops) if self.key_ids!=(i,)]
 
     @torch.no_grad()
     def embed_keys(self,
@@ -120,7 +127,7 @@ class MoCo(Contrastive):
         if not (isinstance(K, int) and K>0): raise ValueError(f"K must be a positive whole number, got {K}")
         if not 0<=m<=1: raise ValueError(f"m must be in [0,1], got {m}")
         self.K,self.m,self.version,self.shuffle_bn = K,m,version,shuffle_bn
-        self.order_of_keys = None
+        self.order_of_keys,self.keys = None,None
 
     def before_fit(self):
         super().before_fit()
@@ -136,10 +143,10 @@ class MoCo(Contrastive):
             queue.features.copy_(F.normalize(random, dim=2))
 
     def check_pred(self, pred):
-        wanted = [(2*self.n_views,self._width),(2*len(self.key_ids),self._width)]
+        wanted = [(2*self.n_queries,self._width),(2*len(self.key_ids),self._width)]
         got = [tuple(o.shape) for o in pred] if isinstance(pred, tuple) else type(pred).__name__
         if got!=wanted: raise ValueError(f"model must return (queries, keys) of the shapes {wanted} for "
-                                         f"{self.n_views} crops of 2 images, got {got}")
+                                         f"{self.n_queries} queries of 2 images, got {got}")
 
     def before_batch(self):
         super().before_batch()
@@ -168,16 +175,29 @@ class MoCo(Contrastive):
 
     def embedding(self, pred): return pred[0]
 
+    @property
+    def n_queries(self): return len(self.bare_model.query_ids(self.n_views))
+    @property
+    def _own_ids(self):
+        "Queries that the keys are of, None where no query is a key crop"
+        return self.key_ids if self.n_queries==self.n_views else None
+
     def view_loss(self, pred):
-        queries,queue = pred[0].unflatten(0, (self.n_views,-1)),self.bare_model.queue
+        queries,queue = pred[0].unflatten(0, (self.n_queries,-1)),self.bare_model.queue
         with torch.autocast(queries.device.type, enabled=False):
-            keys = self._in_order(pred[1].unflatten(0, (len(self.key_ids),-1)))
-            loss = info_nce(queries, keys, queue.features, self.temp, self.key_ids)
+            self.keys = keys = self._in_order(pred[1].unflatten(0, (len(self.key_ids),-1)))
+            loss = info_nce(queries, keys, queue.features, self.temp, self._own_ids)
         if self.training and not hasattr(self.learn, 'lr_finder'):
             queue.push(keys.to(queue.features.dtype), self.group, self.sizes)
         return loss
 
     def after_step(self): self.bare_model.update_keys(self.m)
+
+    def health_parts(self, pred):
+        "Products of queries with their keys, and the queries"
+        q = pred[0].detach().unflatten(0, (self.n_queries,-1))
+        own = self._own_ids or [None]*len(self.keys)
+        return [q[v]*k for k,i in zip(self.keys, own) for v in range(len(q)) if v!=i],q.flatten(0, 1)
 
     @property
     def chance_loss(self):

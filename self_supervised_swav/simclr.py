@@ -43,12 +43,16 @@ class Contrastive(MultiView):
 
     def health(self, pred):
         "The signs of this step"
-        z = self.embedding(pred).detach().unflatten(0, (self.n_views,-1))
-        partners = [z[a]*z[v] for a in self._large_ids for v in range(self.n_views) if v!=a]
-        large = z[self._large_ids].flatten(0, 1)
+        partners,large = self.health_parts(pred)
         self.seen['embedding'] = large
         positive = torch.stack([o.sum(1).mean() for o in partners]).mean()
         return dict(zip(self.signs, (self.learn.loss.detach()/self.chance_loss[0], positive, feature_spread(large))))
+
+    def health_parts(self, pred):
+        "Products of the embeddings of positives, and the embeddings whose spread counts"
+        z = self.embedding(pred).detach().unflatten(0, (self.n_views,-1))
+        ids = self._large_ids
+        return [z[a]*z[v] for a in ids for v in range(self.n_views) if v!=a],z[ids].flatten(0, 1)
 
     def judge(self, history, n):
         "Collapsed: the loss stays at chance, or all embeddings are alike"

@@ -82,7 +82,7 @@ def test_moco_loss_and_queue_by_hand():
     at = 0
     for step in learn.keep.steps:
         q,k = step['pred']
-        q = q.unflatten(0, (2,-1))[0]
+        assert len(q)==len(k)  # the key crop is no query: the trained encoder does not see it
         logits = torch.cat([(q*k).sum(1, keepdim=True), q@queue[0].T], 1)/.2
         # 41 logits up to 1/0.2, each a dot product of 8 terms
         torch.testing.assert_close(step['loss'], F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long)),
@@ -91,6 +91,16 @@ def test_moco_loss_and_queue_by_hand():
             queue[0,at%40] = row
             at += 1
     torch.testing.assert_close(learn.model.queue.features, queue)
+
+def test_every_crop_is_a_query_where_another_one_has_a_key():
+    model = create_moco_model(small_encoder(), 16, 8)
+    for key_ids,wanted in (((1,),[0,2]), ((0,),[1,2]), ((0,1),[0,1,2])):
+        model.key_ids = key_ids
+        queries,keys = model([torch.rand(4, 1, 16, 16)]*3)
+        assert model.query_ids(3)==wanted and len(queries)==4*len(wanted) and len(keys)==4*len(key_ids)
+    learn = method_learner('mocov2', key_ids=(0,1), cbs=[Keep], monitor=True)
+    learn.fit(1)
+    assert learn.keep.steps[0]['pred'][0].shape[0]==2*16
 
 def test_keys_have_no_gradient_and_own_statistics():
     learn = moco_learner()
