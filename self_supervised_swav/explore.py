@@ -6,7 +6,7 @@
 __all__ = ['sheet_px', 'thumbnail_px', 'thumbnail_sheets', 'explore_page', 'explore_images']
 
 # %% ../nbs/41_explore.ipynb #4552f20c
-import base64, hashlib, html, io, json, os, sys
+import base64, hashlib, html, io, json, os, sys, warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -34,7 +34,11 @@ def thumbnail_px(
     return next((px for most,px in ((1000,128),(4000,96),(10_000,64)) if n<=most), 48)
 
 def _thumbnail(fn, px):
-    im = OpenImage(PILImage, (2*px,2*px))(fn)
+    "Gray for an image that has no colors to show, or is gone by now: the page is worth having without it"
+    try: im = OpenImage(PILImage, (2*px,2*px))(fn)
+    except ValueError as e:
+        warnings.warn(f"gray on the page: {e}", stacklevel=2)
+        return Image.new('RGB', (px,px), 'gray')
     return ImageOps.contain(im.convert('RGB'), (px,px), Image.Resampling.LANCZOS)
 
 def _encoded(sheet):

@@ -71,6 +71,14 @@ def test_thumbnails(place):
     sheets,_ = thumbnail_sheets(files*2, 200)                              # ten in a row, a hundred on a sheet
     assert len(sheets)==2
 
+def test_image_that_is_gone(place, tmp_path):
+    "Features took long to compute: the page comes, with a gray image and a warning that names it"
+    root,names,x,*_ = place
+    files = [root/'photos'/o for o in names[:3]]+[tmp_path/'gone.png']
+    with pytest.warns(UserWarning, match='gray on the page: .*gone.png is not a readable image'):
+        page = explore_page(x[:4], files, tmp_path/'map.html', projection='pca')
+    assert any(o.endswith('gone.png') for o in page_data(page)['names'])
+
 @pytest.mark.parametrize('kwargs,error', [
     (dict(n=3), 'files must be one for each of the 2 features, got 3'), (dict(px=7), 'px must be from 8 to 255, got 7'),
     (dict(projection='map'), "method must be 'auto', 'pca' or 'umap', got 'map'")])
