@@ -34,6 +34,7 @@ from .sources import *
 from .runs import *
 from .compare import *
 from .published import *
+from .export import *
 from .embed import *
 from .grouping import *
 from .explore import *
@@ -61,7 +62,7 @@ __all__ = [
     'code_overlap',
     'feature_spread', 'effective_rank',
     # the encoder and what it knows
-    'load_swav_checkpoint', 'load_official',
+    'load_swav_checkpoint', 'load_official', 'encoder_arch', 'export_encoder',
     'save_encoder', 'load_encoder', 'load_weights', 'load_whitening', 'encoder_settings', 'create_from_settings',
     'extract_features', 'Whitening', 'nearest_neighbors', 'near_duplicates', 'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
     'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run',

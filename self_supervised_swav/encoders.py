@@ -49,6 +49,9 @@ def _small_stem(model, arch):
             model.set_submodule(name, nn.Identity())
     return model
 
+# attention over a grid of positions that follows from the stem, or branches that do
+_fixed_grids = re.compile(r'(levit|efficientformer|coatnet|coatnext|hrnet)')
+
 def _unstride(conv):
     "Give a strided `conv` stride 1, and a fresh 3x3 kernel in place of an even or larger one"
     if conv.stride == (1,1): return
@@ -97,6 +100,9 @@ def create_timm_encoder(
     args = dict(in_chans=n_in, num_classes=0, global_pool=_pool_name(pool_type), **kwargs)
     model = _timm_model(arch, pretrained, **args)
     if small_images:
+        if _fixed_grids.match(arch):
+            raise ValueError(f"small_images=True does not exist for {arch!r}: its later layers are built for the "
+                             "resolution that its own stem gives")
         patches = getattr(model, 'patch_embed', None)
         if not isinstance(patches, PatchEmbed) or patches.strict_img_size: _small_stem(model, arch)
         else: model = _timm_model(arch, pretrained, **{**_small_patches(patches), **args})

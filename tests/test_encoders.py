@@ -152,3 +152,8 @@ def test_pickle():
     for arch in ('test_resnet', 'test_vit', xresnet18):
         encoder, x = create_encoder(arch, pretrained=False, small_images=True).eval(), torch.randn(2,3,32,32)
         torch.testing.assert_close(pickle.loads(pickle.dumps(encoder))(x), encoder(x))
+
+@pytest.mark.parametrize('arch', ('levit_128s','efficientformer_l1','coatnet_0_224','hrnet_w18_small'))
+def test_small_images_that_cannot_work(arch):
+    with pytest.raises(ValueError, match=f"small_images=True does not exist for '{arch}': its later layers"):
+        create_encoder(arch, pretrained=False, small_images=True)
