@@ -56,7 +56,7 @@ __all__ = [
     'DeepClusterV2', 'create_deepcluster_model', 'get_deepcluster_aug_pipelines',
     # training
     'lars', 'CollapseMonitor', 'CollapseWarning', 'KNNMetric', 'ResumeTraining', 'TrainingStopped',
-    'EpochHistory', 'SaveEncoder', 'PretrainRun', 'replay_batch',
+    'EpochHistory', 'SaveEncoder', 'PretrainRun',
     # formulas
     'sinkhorn', 'swapped_loss', 'nt_xent', 'info_nce', 'code_entropy', 'mean_code_entropy', 'prototype_usage',
     'code_overlap',
