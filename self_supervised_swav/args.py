@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['loggers', 'option', 'check_arg', 'check_least', 'check_device', 'int_or_auto', 'MachineArgs', 'ImageArgs',
            'PretrainArgs', 'EvaluateArgs', 'label_part', 'EmbedArgs', 'ReplayArgs', 'GroupArgs', 'SortArgs',
-           'ExploreArgs', 'versions']
+           'ExploreArgs', 'SelectArgs', 'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
 import platform
@@ -234,6 +234,27 @@ class ExploreArgs(GroupArgs):
         check_arg('out', self.out, lambda o: str(o).endswith(('.html','.htm')), 'a file that ends in .html')
         check_least('max_images', self.max_images, 2)
         check_arg('max_images', self.max_images, lambda o: o<=65_535, 'at most 65,535')
+
+# %% ../nbs/17_args.ipynb #a17c0001
+@dataclass
+class SelectArgs(ImageArgs):
+    "Select the images of a folder that should be labeled first"
+    run:str # Folder of a run, or the file of its encoder
+    folder:str # Folder of images, searched recursively
+    n:int = option(50, short='n', flag='number', metavar='N') # Images to select
+    # How: typical images of different groups, images that cover the others, or random ones: typical, coverage, random
+    method:str = option('typical', metavar='NAME')
+    # Labels that exist already, a file with the columns file and class: the selection goes on from there
+    labels:str = option(metavar='FILE')
+    seed:int = option(42, metavar='N') # Seed of the selection
+    out:str = option('selected.csv', short='o', metavar='FILE') # File to write
+
+    def check(self):
+        super().check()
+        check_least('n', self.n, 1)
+        check_arg('method', self.method, lambda o: o in ('typical','coverage','random'),
+                  "'typical', 'coverage' or 'random'")
+        check_arg('out', self.out, lambda o: str(o).endswith('.csv'), 'a file that ends in .csv')
 
 # %% ../nbs/17_args.ipynb #743d7ff4
 def versions(

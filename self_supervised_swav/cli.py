@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 'exit_codes', 'command', 'pretrain', 'evaluate',
-           'embed', 'replay', 'sort', 'explore', 'create_parser', 'main', 'swav_pretrain', 'swav_evaluate',
+           'embed', 'replay', 'sort', 'explore', 'select', 'create_parser', 'main', 'swav_pretrain', 'swav_evaluate',
            'swav_embed']
 
 # %% ../nbs/49_cli.ipynb #7e5919ff
 import argparse, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from .args import EmbedArgs, EvaluateArgs, ExploreArgs, PretrainArgs, ReplayArgs, SortArgs, versions
+from .args import (EmbedArgs, EvaluateArgs, ExploreArgs, PretrainArgs, ReplayArgs, SelectArgs,
+                                       SortArgs, versions)
 
 # %% ../nbs/49_cli.ipynb #a28b3f62
 def flag_of(
@@ -171,6 +172,13 @@ def explore(args):
     from self_supervised_swav.explore import explore_images
     groups = explore_images(args)
     print(f"Wrote {args.out}: {groups}; open it in a browser")
+
+# %% ../nbs/49_cli.ipynb #c1150001
+@command(SelectArgs)
+def select(args):
+    "`swav select`"
+    from self_supervised_swav.select import select_images
+    print(f'Wrote the names of {len(select_images(args)):,} images to {args.out}')
 
 # %% ../nbs/49_cli.ipynb #68583a1b
 _description = "Pretrain an image encoder without labels (SwAV), measure it, and use it."
