@@ -293,12 +293,12 @@ class Loaded(namedtuple('Loaded', 'matched missing unexpected')):
     both)"""
     def __repr__(self): return f'Loaded({_say(self)})'
 
-def _some(names, n=4): return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
+def _first_names(names, n=4): return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
 
 def _say(o):
     text = f"{len(o.matched)} of {len(o.matched)+len(o.missing)} tensors matched"
     for nm in ('missing','unexpected'):
-        if names := getattr(o, nm): text += f"; {nm}: {_some(names)}"
+        if names := getattr(o, nm): text += f"; {nm}: {_first_names(names)}"
     return text
 
 def _tensors(path, o):

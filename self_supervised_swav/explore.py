@@ -41,7 +41,7 @@ def _thumbnail(fn, px):
         return Image.new('RGB', (px,px), 'gray')
     return ImageOps.contain(im.convert('RGB'), (px,px), Image.Resampling.LANCZOS)
 
-def _encoded(sheet):
+def _sheet_source(sheet):
     "A sheet as a data URI"
     kind = 'webp' if pillow_features.check('webp') else 'jpeg'
     f = io.BytesIO()
@@ -63,7 +63,7 @@ def thumbnail_sheets(
             for i,im in enumerate(pool.map(_thumbnail, part, [px]*len(part))):
                 sheet.paste(im, (i%cols*px, i//cols*px))
                 sizes.append(im.size)
-            sheets.append(_encoded(sheet))
+            sheets.append(_sheet_source(sheet))
     return sheets,np.array(sizes, dtype=np.uint8)
 
 # %% ../nbs/41_explore.ipynb #f323d4ef

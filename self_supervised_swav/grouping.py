@@ -15,7 +15,7 @@ from .args import SortArgs, check_least
 from .drawings import check_finite, printable
 from .embed import folder_features
 from .files import check_writable, has_state, read_state
-from .kmeans import spherical_kmeans
+from .kmeans import nearest_prototypes, spherical_kmeans
 from .knn import nearest_neighbors
 from .models import create_mlp_module
 
@@ -65,11 +65,6 @@ def default_n_groups(
     "A number of groups that a person can look through: the square root of half the images"
     return max(1, min(100, n, round(math.sqrt(n/2))))
 
-def _assign(x, centers):
-    "The group of each row by its nearest center, and the cosine"
-    best = [(o@centers.T).max(1) for o in x.split(1<<14)]
-    return torch.cat([o.indices for o in best]),torch.cat([o.values for o in best])
-
 def _kmeans(x, k, seed, n_starts=2):
     "The best of some starts, each with first centers that are far apart"
     from sklearn.cluster import kmeans_plusplus
@@ -93,7 +88,7 @@ def _hdbscan(x, min_size):
     sums = x.new_zeros(k, x.shape[1]).index_add_(0, groups[groups>=0], x[groups>=0])
     centers = F.normalize(sums, dim=1)
     if not k: return groups,x.new_zeros(len(x)),centers
-    near = _assign(x, centers)[1]
+    near = nearest_prototypes(x, centers)[1]
     own = (x*centers[groups.clamp(min=0)]).sum(1)
     return groups,torch.where(groups<0, near, own),centers
 
@@ -121,7 +116,7 @@ def group_images(
                              f"{tuple(centers.shape)}")
         check_finite('features', features)
         centers = F.normalize(centers.float().cpu(), dim=1)
-        groups,cosines = _assign(F.normalize(features.float().cpu(), dim=1), centers)
+        groups,cosines = nearest_prototypes(F.normalize(features.float().cpu(), dim=1), centers)
         return Groups(groups, 1-cosines, centers)
     x = directions(features)
     if k is not None and k>len(x): raise ValueError(f"k must be at most the number of images, {len(x)}, got {k}")

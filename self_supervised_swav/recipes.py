@@ -188,7 +188,7 @@ class Recipe(dict):
     def rows(self):
         "Setting, value and reason of each"
         settings = {f'{g}.{n}': v for g,d in self.items() for n,v in d.items()}
-        return [(n, _setting_text(v), self.reasons.get(n, '')) for n,v in settings.items()]
+        return [(n, _value_text(v), self.reasons.get(n, '')) for n,v in settings.items()]
 
     def __str__(self):
         rows = self.rows()
@@ -200,7 +200,7 @@ class Recipe(dict):
         head = ''.join(f'<th style="text-align:left">{o}</th>' for o in ('setting','value','reason'))
         return f'<table><tr>{head}</tr>' + ''.join(f'<tr>{o}</tr>' for o in cells) + '</table>'
 
-def _setting_text(v): return f'{v:.4g}' if isinstance(v, float) else repr(v)
+def _value_text(v): return f'{v:.4g}' if isinstance(v, float) else repr(v)
 
 # %% ../nbs/04_recipes.ipynb #9f841d63
 def _check_at_least(name, value, least):

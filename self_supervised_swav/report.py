@@ -81,7 +81,7 @@ def _html_table(rows, name, head=None, **attrs):
     body = h.Tbody(*[h.Tr(*cells(h.Th, r[:1], scope='row'), *cells(h.Td, r[1:])) for r in rows])
     return h.Div(h.Table(*top, body, **attrs), cls='scroll', role='region', tabindex=0, aria_label=name)
 
-def _encoded(fig, dpi=160, most=250_000):
+def _figure_source(fig, dpi=160, most=250_000):
     "A figure as PNG, as JPEG where photographs make that too large; its width on the page"
     f,kind = io.BytesIO(),'png'
     with warnings.catch_warnings():
@@ -102,7 +102,7 @@ def _figure(picture):
     try:
         with style.context(['default', _text_sizes]):
             picture.draw(fig=fig)
-            src,width = _encoded(fig)
+            src,width = _figure_source(fig)
     except Exception as e: return _soft(f'Not drawn: {e or type(e).__name__}')  # the rest of the page is worth having
     return h.Figure(h.Img(src=src, width=width, alt=picture.alt), h.Figcaption(picture.caption), *_drawn_files(fig))
 

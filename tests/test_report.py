@@ -11,7 +11,7 @@ from self_supervised_swav.data import swav_dls
 from self_supervised_swav.monitor import CollapseMonitor
 from self_supervised_swav.multiview import MultiView, Picture
 from self_supervised_swav.recipes import Recipe
-from self_supervised_swav.report import _encoded, _label_agreement, _next_steps
+from self_supervised_swav.report import _figure_source, _label_agreement, _next_steps
 from self_supervised_swav.samples import ImageSample
 
 sections = ['Summary', 'Alarms', 'Training', 'Epochs', 'Crops', 'Codes', 'Prototypes', 'Map', 'Neighbors', 'Settings',
@@ -66,7 +66,8 @@ def check_page(path, n_pictures=6, heads=sections):
 def test_photographs_become_jpeg():
     fig = Figure(figsize=(6,6))
     fig.subplots().imshow(torch.rand(600, 600, 3))
-    assert _encoded(fig)[0].startswith('data:image/jpeg') and _encoded(fig, most=1e9)[0].startswith('data:image/png')
+    assert _figure_source(fig)[0].startswith('data:image/jpeg')
+    assert _figure_source(fig, most=1e9)[0].startswith('data:image/png')
 
 def test_report(trained, tmp_path):
     plt.figure()
