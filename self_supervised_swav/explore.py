@@ -88,7 +88,7 @@ def _on_square(xy):
     xy[:,1] = 1-xy[:,1]
     return (xy*65535).round().clamp(0, 65535).numpy()
 
-def _near(x, k):
+def _nearest_rows(x, k):
     k = min(k, len(x)-1)
     if not k: return torch.zeros(len(x), 0),torch.zeros(len(x), 0, dtype=torch.long)
     return nearest_neighbors(x, x, k, own=torch.arange(len(x)))
@@ -103,7 +103,7 @@ def _names_and_addresses(files, root, out):
     return names,base,odd
 
 def _page_data(x, xy, names, groups, sizes, px, n_neighbors, least_twin):
-    cosines,near = _near(x, n_neighbors)
+    cosines,near = _nearest_rows(x, n_neighbors)
     pairs,alike = near_duplicates(x, least_twin, max_pairs=5000)
     k = len(groups.centers)
     title = [f'Group {groups.name(g)[6:]}' for g in range(k)]+(['No group'] if (groups.groups<0).any() else [])
