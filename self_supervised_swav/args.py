@@ -72,6 +72,7 @@ class MachineArgs:
 class ImageArgs(MachineArgs):
     "Images"
     skip_bad:bool = False # Leave out files that are not readable images
+    follow_links:bool = False # Take what symbolic links to places outside the folder lead to
 
 # %% ../nbs/17_args.ipynb #ab5c697d
 loggers = 'tensorboard','wandb','mlflow','trackio'
@@ -89,6 +90,9 @@ class PretrainArgs(ImageArgs):
     method:str = option('swav', metavar='NAME') # Method: swav, or another one that the package has, such as simclr
     size:int = option(metavar='PX') # Size of the images (default: their own, at most 320)
     n_in:int = option(metavar='N') # Channels of the images: 3 for color, 1 for gray (default: as the images)
+    # Values that become black and white in images of more than 8 bits, such as 0 4095 (default: those of 16 bits)
+    window:list = option(nargs=2, metavar=('LOW','HIGH'), type=float)
+    background:str = option('white', metavar='COLOR') # Color behind transparent pixels
     epochs:int = option(metavar='N') # Epochs (default: from the number of images)
     # Instead of --epochs: train for so many hours, by the time of some steps that are measured first
     hours:float = option(metavar='N')
@@ -169,7 +173,7 @@ class EmbedArgs(ImageArgs):
     "Write the features of all images in a folder, with the names of their files"
     run:str # Folder of a run, or the file of its encoder
     folder:str # Folder of images, searched recursively
-    # File to write: .npy, with the names in a .txt beside it, or .parquet (needs pyarrow)
+    # File to write: .npy, with the names in a .csv beside it, or .parquet (needs pyarrow)
     out:str = option('features.npy', short='o', metavar='FILE')
     whiten:bool = False # Write whitened features, in which similar images are found more often
 

@@ -68,6 +68,7 @@ def save_encoder(
     # a recipe may train on crops that are smaller than the images whose features are meant
     if size := getattr(learn_or_encoder, 'recipe', {}).get('features', {}).get('size'):
         own['size'] = max(size, own.get('size') or 0)
+    own |= getattr(getattr(learn_or_encoder, 'dls', None), 'image_settings', {})  # how files become images
     text = json.dumps(own | settings)
     # a compiled module's names have a prefix; clones, for safetensors takes no two tensors of the same memory
     state = {k.replace('_orig_mod.', ''): v.detach().cpu().clone(memory_format=torch.contiguous_format)

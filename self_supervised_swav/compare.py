@@ -120,7 +120,8 @@ class _Comparison:
         valid_pct = run.get('valid_pct', .2) if args.valid_pct is None else args.valid_pct
         same = run.get('source') in (args.source,str(Path(args.source).resolve()))
         n_images = run.get('n_images') if args.n_images is None and same else args.n_images
-        images = ImageSource(args.source, valid_pct, run.get('seed', 42), n_images, args.skip_bad)
+        images = ImageSource(args.source, valid_pct, run.get('seed', 42), n_images, args.skip_bad,
+                             args.follow_links, self.settings.get('window'), self.settings.get('background', 'white'))
         tell_merged(images)
         n_in = self.settings.get('args', {}).get('n_in')
         return images.source,images.dls(self.settings.get('size'), n_in, args.bs, num_workers=args.num_workers,

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.data.block import DataBlock
 from fastai.torch_core import default_device
-from fastai.vision.augment import Resize
-from fastai.vision.core import PILImage, PILImageBW
 from .args import EmbedArgs
 from .checkpoints import encoder_settings, load_encoder, load_whitening
-from .data import UnlabeledImageBlock, find_images
+from .data import find_images, image_block, resize
 from .evaluate import extract_features, normalized
 from .files import atomic_path, check_writable
+from .images import escape_name, write_csv
 from .runs import find_encoder
 from .sources import size_and_channels
 
@@ -30,19 +29,21 @@ def folder_features(
     skip_bad:bool=False, # Leave out files that are not readable images, instead of raising an error?
     num_workers:int|None=None, # Processes that load images (default: one for each core, up to 16)
     device=None, # Device, such as 'cpu' (default: the GPU if there is one)
-    whiten:bool=False # Whitened as the encoder's file says, or else by these images
+    whiten:bool=False, # Whitened as the encoder's file says, or else by these images
+    follow_links:bool=False # Take what symbolic links to places outside the folder lead to?
 )->tuple: # Features (n,d), float32 on the CPU, and the list of the n files
     "The features of all images in a folder, by the encoder of a run"
     path = find_encoder(run)
     if isinstance(folder, (str,Path)) and not Path(folder).is_dir():
         raise ValueError(f"folder must be a folder of images, {folder} is none")
-    files = find_images(folder, 'decode', skip_bad)
-    if not files: raise ValueError(f"no readable image in {folder}")
     settings = encoder_settings(path)
-    n_in,size = settings['args']['n_in'],settings.get('size') or size_and_channels(files)[0]
+    n_in,window,background = settings['args']['n_in'],settings.get('window'),settings.get('background', 'white')
+    files = find_images(folder, 'decode', skip_bad, follow_links, window=window, n_in=n_in)
+    if not files: raise ValueError(f"no readable image in {folder}")
+    size = settings.get('size') or size_and_channels(files)[0]
     device = default_device() if device is None else torch.device(device)
-    block = UnlabeledImageBlock(PILImage if n_in==3 else PILImageBW, (size,size))
-    dblock = DataBlock(block, splitter=lambda o: (range(len(o)),[]), item_tfms=Resize(size))
+    block = image_block(n_in, (size,size), window, background)
+    dblock = DataBlock(block, splitter=lambda o: (range(len(o)),[]), item_tfms=resize(n_in, (size,size)))
     dls = dblock.dataloaders(files, bs=min(bs, len(files)), num_workers=num_workers, device=device)
     loader = normalized(dls, settings.get('stats')).train
     layer = load_whitening(path) if whiten else None
@@ -54,13 +55,13 @@ def folder_features(
 
 # %% ../nbs/39_embed.ipynb #1add6598
 def _write_npy(x, names, out):
-    with atomic_path(out.with_suffix('.txt')) as p: p.write_text('\n'.join(names)+'\n')
     with atomic_path(out) as p, open(p, 'wb') as f: np.save(f, x)
+    write_csv(out.with_suffix('.csv'), ['file','row'], [(o,i) for i,o in enumerate(names)])
 
 def _write_parquet(x, names, out):
     import pyarrow as pa, pyarrow.parquet as pq
     features = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
-    with atomic_path(out) as p: pq.write_table(pa.table(dict(file=names, features=features)), p)
+    with atomic_path(out) as p: pq.write_table(pa.table(dict(file=list(map(escape_name, names)), features=features)), p)
 
 def embed_images(
     args, # `EmbedArgs`, or only its `run`
@@ -74,7 +75,8 @@ def embed_images(
     if out.suffix=='.parquet' and not find_spec('pyarrow'):
         raise ImportError("parquet needs pyarrow: pip install pyarrow, or write .npy")
     check_writable(out.parent)
-    x,files = folder_features(args.run, root, args.bs, args.skip_bad, args.num_workers, args.device, args.whiten)
+    x,files = folder_features(args.run, root, args.bs, args.skip_bad, args.num_workers, args.device, args.whiten,
+                              args.follow_links)
     names = [f.relative_to(root).as_posix() for f in files]
     (_write_npy if out.suffix=='.npy' else _write_parquet)(x.numpy(), names, out)
     return tuple(x.shape)

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from fastcore.basics import listify
 from fastcore.meta import delegates, use_kwargs_dict
+from fastai.data.load import DataLoader
 from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam
 from fastai.vision.core import imagenet_stats
 from .augment import get_batch_augs
 from .collectives import world
-from .data import no_targets
+from .data import image_stats, no_targets
 from .encoders import create_encoder, first_conv
 from .models import in_eval
 from .monitor import CollapseMonitor
@@ -172,13 +173,21 @@ def check_settings(
         parts.callback(parts.get_aug_pipelines(**recipe['augs']), **recipe[method])
         parts.create_model(_create_encoder(arch, recipe, given['encoder']), **recipe['model'])
 
-def _fill_recipe(recipe, given, learner, n_in, own_opt):
+def _own_stats(dls, n_in):
+    "Statistics of images of many channels, or of a part of their range; None where there are usual ones"
+    if n_in in (1,3) and getattr(dls, 'image_settings', {}).get('window') is None: return None
+    return image_stats(dls.train) if isinstance(dls.train, DataLoader) and dls.train.n else None
+
+def _fill_recipe(recipe, given, learner, n_in, own_opt, stats=None):
     "A copy of `recipe` with what the batch knows and what is given"
     recipe = Recipe({g: {} for g in (*given,'opt','fit')} | recipe, getattr(recipe, 'reasons', {}))
     if own_opt: recipe.drop('opt', 'wd').drop('fit', 'lr')
     recipe.put('encoder', 'n_in', n_in, 'channels of a batch')
-    if n_in==3: recipe.put('augs', 'stats', imagenet_stats, 'color images')
+    if stats is not None: recipe.put('augs', 'stats', stats, 'of the images themselves')
+    elif n_in==3: recipe.put('augs', 'stats', imagenet_stats, 'color images')
     else: recipe.put('augs', 'stats', None, f'there are no usual ones for {n_in} channels')
+    if n_in not in (1,3):
+        for name in ('jitter','bw'): recipe.put('augs', name, False, 'it is for 1 or 3 channels')
     in_recipe = {g: {n: learner[n]} for g,n in (('opt','wd'),('fit','lr')) if n in learner}
     return recipe.override(**given, **in_recipe)
 
@@ -214,7 +223,7 @@ def pretrain_learner(
         recipe = _own_recipe(parts, given, **data)
     elif n_classes is not None:
         raise ValueError(f"n_classes is for {method}_recipe: give it or recipe, not both, got {n_classes}")
-    recipe = _fill_recipe(recipe, given, learner, n_in, own_opt)
+    recipe = _fill_recipe(recipe, given, learner, n_in, own_opt, _own_stats(dls, n_in))
     enc = _create_encoder(arch, recipe, given['encoder'])
     stride = _fit_crops(recipe, enc, n_in, 'crop_sizes' in given['augs'])
 

@@ -19,6 +19,7 @@ from fastai.torch_core import get_model, rank_distrib, show_image
 from fastai.vision.augment import Normalize
 from .augment import MultiCrop
 from .collectives import exchange, world
+from .images import viewable
 from .drawings import new_axes
 from .encoders import encoder_name, first_conv
 from .models import in_eval
@@ -323,7 +324,7 @@ def show(self:MultiView,
     n,n_views = len(views[0]),len(views)
     fig,axes = new_axes(n, n_views, figsize or (1.2*n_views, 1.2*n+.3), fig)
     for i,ax in enumerate(axes):
-        im = views[i%n_views][i//n_views]
+        im = viewable(views[i%n_views][i//n_views])
         show_image(im, ax=ax, cmap='gray', vmin=0, vmax=1, title=f'{im.shape[-1]} px' if i<n_views else None)
     return axes
 

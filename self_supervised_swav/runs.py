@@ -23,7 +23,7 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device, set_seed, to_device
 from .args import PretrainArgs, versions
 from .checkpoints import save_encoder
-from .data import random_split, subset, tensor_dls
+from .data import random_split, subset, write_bad_files, tensor_dls
 from .evaluate import KNNMetric, extract_features
 from .files import atomic_path, check_writable, has_state, read_state, write_json, write_state
 from .learner import check_settings, pretrain_learner
@@ -391,7 +391,7 @@ class PretrainRun:
         self._check_settings()
         set_seed(self.args.seed)  # before the DataLoaders, which draw the seed of their order
         self.images = ImageSource(self.args.source, self.args.valid_pct, self.args.seed, self.args.n_images,
-                                  self.args.skip_bad)
+                                  self.args.skip_bad, self.args.follow_links, self.args.window, self.args.background)
         self.uses_labels = self._has_labels()
         self.size = self.args.size or self.images.size
         if self.args.bs=='auto': self.args = replace(self.args, bs=self._find_bs())
@@ -505,6 +505,7 @@ class PretrainRun:
         learn,made = self.learn,not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.args.resume: self._write_settings()
+        if self.images.bad: write_bad_files(self.images.bad, self.out/'bad_files.txt')
         elif self.extends: self._note_extension()
         tty = sys.stdout.isatty()
         if not tty: learn.logger = EpochLines(learn)

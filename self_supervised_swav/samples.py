@@ -19,6 +19,7 @@ from fastai.torch_core import TensorImage
 from fastai.vision.augment import Normalize
 from .data import without_augs
 from .evaluate import extract_features
+from .images import viewable
 from .randomness import own_randomness
 
 # %% ../nbs/33_samples.ipynb #a33b0007
@@ -87,6 +88,7 @@ def _without_norm(dl, x):
     return x.as_subclass(torch.Tensor).float().clamp(0, 1)
 
 def _thumbnails(x, size):
+    x = viewable(x)
     h,w = x.shape[-2:]
     if max(h, w)>size:
         small = [max(1, round(o*size/max(h, w))) for o in (h,w)]

@@ -8,26 +8,23 @@ __all__ = ['split_folders', 'size_and_channels', 'ImageSource']
 # %% ../nbs/36_sources.ipynb #b7bb75cc
 import math
 from pathlib import Path
-from PIL import Image
 from fastcore.basics import store_attr
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import parent_label
-from fastai.vision.augment import Resize
-from fastai.vision.core import PILImage, PILImageBW
-from fastai.vision.data import ImageBlock
-from .data import (UnlabeledImageBlock, digits_dls, fashion_mnist_dls, find_images, fit_bs,
-                                       random_split)
+from .data import (digits_dls, fashion_mnist_dls, find_copies, fit_bs, image_block, list_images,
+                                       look_at_images, random_split, resize, split_bad)
+from .images import check_color_name, check_window, image_info
 
 # %% ../nbs/36_sources.ipynb #28bac799
 _parts = ('train','training'),('valid','validation','val','test')
 split_folders = sum(_parts, ())
 
-def _split(files, root, valid_pct, seed):
-    "Indices for training and validation: by folders with the usual names, else at random"
+def _split(files, root, valid_pct, seed, together=()):
+    "Indices for training and validation: by folders with the usual names, else at random with copies on one side"
     tops = [f.relative_to(root).parts[0] for f in files]
     train,valid = (next((o for o in names if o in tops), None) for names in _parts)
-    if train is None or valid is None: return random_split(len(files), valid_pct, seed)
+    if train is None or valid is None: return random_split(len(files), valid_pct, seed, together)
     return tuple([i for i,o in enumerate(tops) if o==top] for top in (train,valid))
 
 def size_and_channels(
@@ -35,12 +32,14 @@ def size_and_channels(
     n=64 # How many of them to look at
 )->tuple: # The usual shorter side, at most 320, and the channels
     "Size and channels of the images, by a sample of them"
-    sides,modes = [],set()
-    for fn in files[::math.ceil(len(files)/n)]:
-        with Image.open(fn) as im:
-            sides.append(min(im.size))
-            modes.add(im.mode)
-    return min(320, sorted(sides)[len(sides)//2]),1 if modes<={'1','L','LA','I','I;16'} else 3
+    return _usual([image_info(o) for o in files[::math.ceil(len(files)/n)]])
+
+def _usual(infos):
+    "The usual shorter side, at most 320, and the channels: 1, 3, or the most frequent other number"
+    sides,channels = sorted(min(o.width, o.height) for o in infos),[o.channels for o in infos]
+    others = [o for o in channels if o not in (1,3)]
+    usual = max(channels, key=channels.count) if others else max(channels)
+    return min(320, sides[len(sides)//2]),usual
 
 class ImageSource:
     "Images in a folder, or those of 'digits' or 'fashion-mnist', split into two parts"
@@ -50,9 +49,15 @@ class ImageSource:
         valid_pct:float=0.2, # Share of the images held out, where the source does not say which
         seed:int=42, # Which ones
         n_images:int|None=None, # Training images, a random part (default: all)
-        skip_bad:bool=False # Leave out files that are not readable images, instead of raising an error?
+        skip_bad:bool=False, # Leave out files that are not readable images, instead of raising an error?
+        follow_links:bool=False, # Take what symbolic links to places outside the folder lead to?
+        window=None, # Values that become black and white in images of more than 8 bits: see `to_unit`
+        background='white' # Color behind transparent pixels
     ):
         store_attr()
+        check_window(window)
+        check_color_name(background)
+        self.bad = {}
         self.files,self.vocab = None,None
         if n_images is not None and n_images<2: raise ValueError(f"n_images must be at least 2, got {n_images}")
         if source in self.own:
@@ -63,14 +68,23 @@ class ImageSource:
         root = Path(source)
         if not root.is_dir():
             raise ValueError(f"source must be a folder of images, or one of {', '.join(self.own)}; {source} is none")
-        self.files = find_images(root, 'decode', skip_bad)
-        if not self.files: raise ValueError(f"no readable image in {root}")
-        self.size,self.n_in = size_and_channels(self.files)
-        train,valid = _split(self.files, root, valid_pct, seed)
-        self.splits = [train[i] for i in sorted(random_split(len(train), 0., seed)[0][:n_images])],valid
-        names = {f.parent.name for f in self.files}
-        flat = any(f.parent==root or f.parent.parent==root and f.parent.name in sum(_parts, ()) for f in self.files)
-        if not flat and len(names)<=len(self.files)/2: self.vocab = sorted(names)
+        files = list_images(root, follow_links)
+        train,valid = _split(files, root, valid_pct, seed, find_copies(files))
+        train = [train[i] for i in sorted(random_split(len(train), 0., seed)[0][:n_images])]
+        self._look_at([files[i] for i in train], [files[i] for i in valid])
+        names = {f.parent.name for f in files}
+        flat = any(f.parent==root or f.parent.parent==root and f.parent.name in sum(_parts, ()) for f in files)
+        if not flat and len(names)<=len(files)/2: self.vocab = sorted(names)
+
+    def _look_at(self, *parts):
+        "Take the readable files of both parts; files that are not used are not looked at"
+        good,self.bad = split_bad(look_at_images([o for part in parts for o in part], window=self.window), self.skip_bad)
+        if not good: raise ValueError(f"no readable image in {self.source}")
+        self.size,self.n_in = _usual(list(good.values()))
+        self.files = list(good)
+        place = {o: i for i,o in enumerate(self.files)}
+        self.splits = tuple([place[o] for o in part if o in place] for part in parts)
+        self.channels = {o.channels for o in good.values()}
 
     @property
     def has_labels(self):
@@ -88,14 +102,16 @@ class ImageSource:
         "DataLoaders of both parts"
         size,n_in = size or self.size,n_in or self.n_in
         if self.files is None: return self._own_dls(size, n_in, dict(bs=bs, labelled=labelled, device=device))
-        if n_in not in (1,3): raise ValueError(f"n_in must be 3 (color) or 1 (gray), got {n_in}")
+        if not (self.channels=={n_in} or self.channels | {n_in}<={1,3}):
+            raise ValueError(f"n_in must be the channels of all images, {sorted(self.channels)}, got {n_in}")
         if labelled: self.check_labels()
-        cls = PILImage if n_in==3 else PILImageBW
-        blocks = (ImageBlock(cls),CategoryBlock(self.vocab)) if labelled else UnlabeledImageBlock(cls, (size,size))
-        dblock = DataBlock(blocks, get_y=parent_label if labelled else None, splitter=lambda o: self.splits,
-                           item_tfms=Resize(size))
-        return dblock.dataloaders(self.files, bs=fit_bs(bs, len(self.splits[0])), num_workers=num_workers,
-                                  device=device)
+        block = image_block(n_in, (size,size), self.window, self.background, targets=labelled)
+        dblock = DataBlock((block,CategoryBlock(self.vocab)) if labelled else block,
+                           get_y=parent_label if labelled else None, splitter=lambda o: self.splits,
+                           item_tfms=resize(n_in, (size,size)))
+        dls = dblock.dataloaders(self.files, bs=fit_bs(bs, len(self.splits[0])), num_workers=num_workers, device=device)
+        dls.image_settings = dict(window=self.window, background=self.background)
+        return dls
 
     def _own_dls(self, size, n_in, kwargs):
         if n_in!=1: raise ValueError(f"n_in must be 1 for {self.source}, got {n_in}")

@@ -347,7 +347,8 @@ def test_folders_are_labels_on_request(tmp_path, photos, command):
     assert code==2 and 'has no labels' in err and not (tmp_path/'no').exists()
 
 @pytest.mark.parametrize('args,match', [
-    (['nowhere'], 'source must be a folder'), (['empty'], 'no image files found in'), (['junk'], 'not readable images'),
+    (['nowhere'], 'source must be a folder'), (['empty'], 'no image files found in'),
+    (['junk'], 'not a readable image'),
     (['junk','--skip-bad'], 'no readable image in'),
     (['digits','--resume'], 'no checkpoint in'), (['digits','--arch','resnet_18'], 'close ones: resnet18'),
     (['digits','--set','n_proto=3'], "did you mean 'n_protos'"),
@@ -464,7 +465,7 @@ def test_embed(tmp_path, photos, command):
     save_encoder(encoder, tmp_path/'encoder.safetensors', size=16)
     code,said,err = command('embed', tmp_path, photos, '-o', tmp_path/'f.npy', '--num-workers', 0)
     assert code==0 and '360 features of width 16' in said, err
-    names,x = (tmp_path/'f.txt').read_text().split(),np.load(tmp_path/'f.npy')
+    names,x = [o.split(',')[0] for o in (tmp_path/'f.csv').read_text().split()[1:]],np.load(tmp_path/'f.npy')
     assert names==sorted(names) and len(names)==len(x)==360
     im = torch.tensor(np.array(Image.open(photos/names[200])))[None,None]/255
     with torch.no_grad(): assert x[200]==pytest.approx(encoder.eval()(im)[0].numpy(), abs=1e-5)

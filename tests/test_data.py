@@ -1,4 +1,4 @@
-import gzip, struct
+import gzip, os, struct
 import numpy as np, pytest, torch
 from pathlib import Path
 from PIL import Image
@@ -66,7 +66,11 @@ def test_split(folder):
 
 def test_order_of_files_does_not_matter(folder, monkeypatch):
     dls = swav_dls(folder, size=8, bs=2, num_workers=0)
-    monkeypatch.setattr('self_supervised_swav.data.get_image_files', lambda p: get_image_files(p)[::-1])
+    scandir = os.scandir
+    class Backwards(list):
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+    monkeypatch.setattr(os, 'scandir', lambda top: Backwards(list(scandir(top))[::-1]))
     assert swav_dls(folder, size=8, bs=2, num_workers=0).train.items == dls.train.items
 
 def test_list_of_files(folder):
@@ -97,7 +101,8 @@ def test_file_that_broke_after_the_check_is_named(folder):
     (folder/'cmyk.jpg').write_text('broken')
     with pytest.raises(ValueError, match='cmyk.jpg is not a readable image'): dls.one_batch()
 
-@pytest.mark.parametrize('msg,kw', [('n_in must be 3 .* got 2', dict(n_in=2)),
+@pytest.mark.parametrize('msg,kw', [('n_in must be a number of channels, .* got 0', dict(n_in=0)),
+    ('it has 3 channels, n_in is 2', dict(n_in=2)),
     ('size must be positive, got 0', dict(size=0)), ('bs must be positive, got 0', dict(bs=0)),
     ('valid_pct must .* got 1', dict(valid_pct=1)), ('valid_pct must .* got -0.1', dict(valid_pct=-.1)),
     ('check must be .* got True', dict(check=True)),
@@ -107,7 +112,7 @@ def test_errors(folder, msg, kw):
 
 def test_no_images(tmp_path):
     with pytest.raises(ValueError, match=f'no image files found in {tmp_path}'): swav_dls(tmp_path)
-    with pytest.raises(ValueError, match='nowhere is no folder'): swav_dls(tmp_path/'nowhere')
+    with pytest.raises(ValueError, match='nowhere is not a folder'): swav_dls(tmp_path/'nowhere')
     with pytest.raises(ValueError, match='empty list'): swav_dls([])
 
 def test_large_jpeg_decoded_small(tmp_path):
