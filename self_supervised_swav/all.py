@@ -39,6 +39,7 @@ from .embed import *
 from .grouping import *
 from .explore import *
 from .select import *
+from .finetune import *
 
 # The modules hold more names, for those who build on them: `from self_supervised_swav.drawings import draw_image`
 __all__ = [
@@ -68,7 +69,7 @@ __all__ = [
     'extract_features', 'Whitening', 'nearest_neighbors', 'near_duplicates', 'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
     'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run',
     'folder_features', 'embed_images', 'group_images', 'sort_images', 'explore_page',
-    'explore_images', 'select_to_label', 'select_images']
+    'explore_images', 'select_to_label', 'select_images', 'finetune_labels', 'predict_images']
 
 def __getattr__(name):
     "A name that was here in 0.1.0, from the module that has it now"

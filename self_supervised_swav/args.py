@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['loggers', 'option', 'check_arg', 'check_least', 'check_device', 'int_or_auto', 'MachineArgs', 'ImageArgs',
            'PretrainArgs', 'EvaluateArgs', 'label_part', 'EmbedArgs', 'ReplayArgs', 'GroupArgs', 'SortArgs',
-           'ExploreArgs', 'SelectArgs', 'versions']
+           'ExploreArgs', 'SelectArgs', 'FinetuneArgs', 'PredictArgs', 'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
 import platform
@@ -258,6 +258,38 @@ class SelectArgs(ImageArgs):
         check_least('n', self.n, 1)
         check_arg('method', self.method, lambda o: o in ('typical','coverage','random'),
                   "'typical', 'coverage' or 'random'")
+        check_arg('out', self.out, lambda o: str(o).endswith('.csv'), 'a file that ends in .csv')
+
+# %% ../nbs/17_args.ipynb #a17c0003
+@dataclass
+class FinetuneArgs(ImageArgs):
+    "Make a classifier of the encoder of a run and of some labels, and measure it by cross-validation"
+    run:str # Folder of a run, or the file of its encoder
+    labels:str # Labels, a file with the columns file and class, as swav label gives
+    # Folder that the names in the file are relative to (default: the one that holds the file, or the source of the run)
+    folder:str = option(metavar='FOLDER')
+    # What is tried: a linear probe on the features, fine-tuning of the whole network, or both: both, probe, finetune
+    method:str = option('both', metavar='NAME')
+    folds:int = option(5, metavar='N') # Parts of the cross-validation
+    epochs:int = option(metavar='N') # Epochs of fine-tuning (default: from the number of labels)
+    seed:int = option(42, metavar='N') # Seed of everything random
+    out:str = option('classifier', short='o', metavar='FOLDER') # Folder to write
+
+    def check(self):
+        super().check()
+        check_arg('method', self.method, lambda o: o in ('both','probe','finetune'), "'both', 'probe' or 'finetune'")
+        for name,least in (('folds',2), ('epochs',2)): check_least(name, getattr(self, name), least)
+
+# %% ../nbs/17_args.ipynb #a17c0004
+@dataclass
+class PredictArgs(ImageArgs):
+    "Classify the images of a folder, the least certain first"
+    classifier:str # Folder of swav finetune
+    folder:str # Folder of images, searched recursively
+    out:str = option('predictions.csv', short='o', metavar='FILE') # File to write
+
+    def check(self):
+        super().check()
         check_arg('out', self.out, lambda o: str(o).endswith('.csv'), 'a file that ends in .csv')
 
 # %% ../nbs/17_args.ipynb #743d7ff4

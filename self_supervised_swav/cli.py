@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 'exit_codes', 'command', 'pretrain', 'evaluate',
-           'embed', 'replay', 'sort', 'explore', 'select', 'create_parser', 'main', 'swav_pretrain', 'swav_evaluate',
-           'swav_embed']
+           'embed', 'replay', 'sort', 'explore', 'select', 'finetune', 'predict', 'create_parser', 'main',
+           'swav_pretrain', 'swav_evaluate', 'swav_embed']
 
 # %% ../nbs/49_cli.ipynb #7e5919ff
 import argparse, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from .args import (EmbedArgs, EvaluateArgs, ExploreArgs, PretrainArgs, ReplayArgs, SelectArgs,
-                                       SortArgs, versions)
+from .args import (EmbedArgs, EvaluateArgs, ExploreArgs, FinetuneArgs, PredictArgs, PretrainArgs,
+                                       ReplayArgs, SelectArgs, SortArgs, versions)
 
 # %% ../nbs/49_cli.ipynb #a28b3f62
 def flag_of(
@@ -179,6 +179,22 @@ def select(args):
     "`swav select`"
     from self_supervised_swav.select import select_images
     print(f'Wrote the names of {len(select_images(args)):,} images to {args.out}')
+
+# %% ../nbs/49_cli.ipynb #c1150003
+@command(FinetuneArgs)
+def finetune(args):
+    "`swav finetune`"
+    from self_supervised_swav.finetune import finetune_labels
+    print(finetune_labels(args))
+    print(f'\nWrote {args.out}; next: ' + shlex.join(['swav', 'predict', args.out, 'FOLDER']))
+
+# %% ../nbs/49_cli.ipynb #c1150004
+@command(PredictArgs)
+def predict(args):
+    "`swav predict`"
+    from self_supervised_swav.finetune import predict_images
+    print(predict_images(args))
+    print(f'\nWrote {args.out}, the least certain first')
 
 # %% ../nbs/49_cli.ipynb #68583a1b
 _description = "Pretrain an image encoder without labels (SwAV), measure it, and use it."

@@ -102,7 +102,9 @@ def get_moco_aug_pipelines(
 )->list:
     "Pipelines for MoCo: the augmentations of the official code's version 1 or 2"
     _check_version(version)
-    own = dict(blur=False, jitter_p=1., jitter_s=.5, hue_s=4.) if version==1 else dict(jitter_s=.5)
+    own = dict(jitter_s=.5)
+    if version==1:  # all four at 0.4; a hue can be turned by half a circle at most, 0.5
+        own |= dict(blur=False, jitter_p=1., hue_s=min(4., 2.5/max(kwargs.get('jitter_s', .5), .5)))
     return get_simclr_aug_pipelines(size, num_crops, crop_sizes, min_scales, max_scales, rotate, **own|kwargs)
 
 def _check_version(version):

@@ -2,7 +2,8 @@
 import csv
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from self_supervised_swav.select import csv_text, plain_text, read_csv, read_labels, select_to_label, write_labels
+from self_supervised_swav.images import csv_name, unescape_name
+from self_supervised_swav.select import read_csv, read_labels, select_to_label, write_labels
 
 def clouds(sizes=(100,60,40), d=8, seed=0):
     "Points around well separated directions: one standard deviation is .15 of the length"
@@ -52,9 +53,9 @@ def test_errors():
 @given(st.text(st.characters(exclude_categories=('Cs',)) | st.sampled_from('\udc80\udcff=+-@\\\'",;\n\r\t'),
                max_size=8))
 def test_text_reads_back_and_is_no_formula(text):
-    cell = csv_text(text)
+    cell = csv_name(text)
     cell.encode()
-    assert plain_text(cell)==text and not cell.startswith(('=','+','-','@')) and len(cell.splitlines())<2
+    assert unescape_name(cell)==text and not cell.startswith(('=','+','-','@')) and len(cell.splitlines())<2
 
 def test_file_of_a_spreadsheet(tmp_path):
     path = tmp_path/'l.csv'
