@@ -216,7 +216,7 @@ def epoch_rows(n=1024, bs=256, rounds=3, device='cpu', force=False):
     "A whole epoch in bfloat16 and in float32, where the device has the hardware and the machine has the images"
     what,size = 'epoch of a small ResNet, bfloat16',f'{n} of Fashion-MNIST, batch {bs}, 2x28 + 4x18'
     if not (force or is_fast(torch.bfloat16, device)): return [Row(what, size, 'no hardware', 'float32', '')]
-    try: dls = fashion_mnist_dls(n, bs, bs=bs, labelled=False, device=device)
+    try: dls = fashion_mnist_dls(n, bs, bs=bs, labeled=False, device=device)
     except FileNotFoundError: return [Row(what, size, 'no images', 'float32', '')]
     runs = {'this package': epoch_learner(dls).to_bf16(force=force), 'float32': epoch_learner(dls)}
     times = race({k: partial(o.fit, 1) for k,o in runs.items()}, rounds, device, least=0.)

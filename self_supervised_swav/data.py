@@ -432,22 +432,28 @@ def image_stats(
     return mean.tolist(),std.clamp_min(1e-3).tolist()  # a channel of one value stays finite
 
 # %% ../nbs/30_data.ipynb #481b0061
+def _old_spelling(labeled, kwargs):
+    if 'labelled' not in kwargs: return labeled
+    warnings.warn("labelled is now labeled", DeprecationWarning, stacklevel=3)
+    return kwargs.pop('labelled')
+
 def digits_dls(
     size:int=28, # Images are scaled from 8x8 to this size
     bs:int=64, # Batch size
     valid_pct:float=0.2, # Share of the images held out for validation
     seed:int=42, # Seed of the split
-    labelled:bool=True, # Batches of images and digits, or of images alone?
+    labeled:bool=True, # Batches of images and digits, or of images alone?
     device=None, # Device of the batches
     **kwargs, # Passed to `tensor_dls`
 ):
     "DataLoaders of scikit-learn's handwritten digits: one channel, from 0 to 1"
     from sklearn.datasets import load_digits
     if not size > 0: raise ValueError(f"size must be positive, got {size}")
+    labeled = _old_spelling(labeled, kwargs)
     x,y = map(torch.tensor, load_digits(return_X_y=True))
     x = x.float().div_(16).view(-1,1,8,8)
     if size != 8: x = F.interpolate(x, size=(size,size), mode='bilinear', antialias=size<8)
-    y,vocab = (y,[str(i) for i in range(10)]) if labelled else (None,None)
+    y,vocab = (y,[str(i) for i in range(10)]) if labeled else (None,None)
     return tensor_dls(x, y, vocab, bs=bs, valid_pct=valid_pct, seed=seed, device=device, **kwargs)
 
 # %% ../nbs/30_data.ipynb #0105994f
@@ -486,13 +492,14 @@ def fashion_mnist_dls(
     n_valid:int|None=None, # Validation images, a random part (default: all 10,000)
     bs:int=128, # Batch size
     seed:int=42, # Seed of the random parts
-    labelled:bool=True, # Batches of images and classes, or of images alone?
+    labeled:bool=True, # Batches of images and classes, or of images alone?
     path=None, # Folder of the four idx.gz files (default: where Debian's package or a download put them)
     download:bool=False, # Download the files (30 MB) if they are not there?
     device=None, # Device of the batches
     **kwargs, # Passed to `tensor_dls`
 ):
     "DataLoaders of Fashion-MNIST: one channel, 28x28, from 0 to 1"
+    labeled = _old_spelling(labeled, kwargs)
     path = _fashion_path(path, download)
     x_train,y_train,x_valid,y_valid = (read_idx(path/nm) for nm in _fashion_files)
     gen,splits,start = torch.Generator().manual_seed(seed),[],0
@@ -501,4 +508,4 @@ def fashion_mnist_dls(
         splits.append(start + torch.randperm(len(y), generator=gen)[:n])
         start += len(y)
     x,y = torch.cat([x_train,x_valid])[:,None],torch.cat([y_train,y_valid]).long()
-    return tensor_dls(x, *((y,_fashion_vocab) if labelled else ()), bs=bs, splits=splits, device=device, **kwargs)
+    return tensor_dls(x, *((y,_fashion_vocab) if labeled else ()), bs=bs, splits=splits, device=device, **kwargs)

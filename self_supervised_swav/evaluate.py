@@ -117,7 +117,7 @@ def extract_features(
     return x,torch.cat(targets) if targets else None
 
 # %% ../nbs/32_evaluate.ipynb #c4b49bc5
-def _check_labelled(name, data, n_classes=None):
+def _check_labeled(name, data, n_classes=None):
     "Features and labels of `name`, or an error that says what is missing"
     try: x,y = data
     except (TypeError, ValueError):
@@ -135,7 +135,7 @@ def _check_labelled(name, data, n_classes=None):
     return x,y.long()
 
 def _check_split(train, valid):
-    (x,y),(xv,yv) = _check_labelled('train', train),_check_labelled('valid', valid)
+    (x,y),(xv,yv) = _check_labeled('train', train),_check_labeled('valid', valid)
     if x.shape[1]!=xv.shape[1]:
         raise ValueError(f"train and valid must have features of the same width, got {x.shape[1]} and {xv.shape[1]}")
     if (y==y[0]).all(): raise ValueError(f"train must have images of at least two classes, got class {int(y[0])} alone")
@@ -144,12 +144,12 @@ def _check_split(train, valid):
 def knn_accuracy(
     train, # (features, targets) that vote, as `extract_features` gives
     valid, # (features, targets) to predict
-    k:int=20, # Number of neighbours that vote
+    k:int=20, # Number of neighbors that vote
     temp:float=0.07, # Temperature: a vote weighs exp(similarity/temp)
     chunk:int=4096, # Features compared at a time
     whiten=None # Compare whitened: True or a number of directions, fitted to `train`; or a `Whitening`
 )->float: # Share of `valid` that is predicted rightly
-    "Accuracy of the weighted vote of the nearest neighbours"
+    "Accuracy of the weighted vote of the nearest neighbors"
     x,y,xv,yv,n_classes = _check_split(train, valid)
     layer = as_whitening(whiten, x)
     if layer is None: layer = nn.Identity()
@@ -249,7 +249,7 @@ def few_label_splits(
     fraction:float|None=None, # Or the share of each class, in (0,1]
     seed:int=42 # Which ones
 )->DataLoaders: # The few for training, in whole batches that leave out hardly any, and the validation set of `dls`
-    "DataLoaders with few labelled training images"
+    "DataLoaders with few labeled training images"
     ds = dls.train.dataset
     idxs = few_label_idxs(labels_of(ds), n_per_class, fraction, seed).tolist()
     bs = len(idxs)//math.ceil(len(idxs)/dls.train.bs)
@@ -274,7 +274,7 @@ def normalized(
     dls, # DataLoaders of images in [0,1]
     stats # (means, standard deviations), or None
 )->DataLoaders:
-    "`dls`, or copies of its loaders that normalise where they do not yet"
+    "`dls`, or copies of its loaders that normalize where they do not yet"
     if stats is None or _normalizes(dls.train): return dls
     norm = Normalize.from_stats(*stats, cuda=dls.device is not None and torch.device(dls.device).type!='cpu')
     loaders = [dl.new(after_batch=Pipeline([*dl.after_batch.fs, norm])) for dl in dls.loaders]
@@ -284,9 +284,9 @@ def normalized(
 @delegates(Learner.__init__, but=['model','splitter'])
 def few_label_learner(
     encoder, # A pretrained encoder, a model with one, or the Learner that trained it
-    dls:DataLoaders, # Labelled images, for instance from `few_label_splits`
+    dls:DataLoaders, # Labeled images, for instance from `few_label_splits`
     n_out:int|None=None, # Number of classes (default: that of `dls`)
-    stats:tuple|None=None, # Mean and standard deviation to normalise with (default: as the Learner's crops, else none)
+    stats:tuple|None=None, # Mean and standard deviation to normalize with (default: as the Learner's crops, else none)
     custom_head:nn.Module|None=None, # Features to class scores (default: batch norm and one linear layer)
     splitter=encoder_head_split, # Function from the model to its groups of parameters
     metrics=accuracy, # Metrics of the table
@@ -319,17 +319,17 @@ def largest_share(
     return y.bincount().max().item()/len(y)
 
 class KNNMetric(EpochColumns):
-    "Accuracy of `knn_accuracy` on labelled images after each epoch of a pretraining, and the share of the largest class"
+    "Accuracy of `knn_accuracy` on labeled images after each epoch of a pretraining, and the share of the largest class"
     def __init__(self,
-        dls:DataLoaders|None=None, # Labelled images: training set votes, validation set is predicted; None: its own
-        k:int=20, # Number of neighbours that vote
+        dls:DataLoaders|None=None, # Labeled images: training set votes, validation set is predicted; None: its own
+        k:int=20, # Number of neighbors that vote
         temp:float=0.07, # Temperature: a vote weighs exp(similarity/temp)
         whiten=None # Also whitened, in a column `knn_whitened`: True or a number of directions, fitted after each epoch
     ):
         if whiten is None or whiten is False: names = ['knn_accuracy']
         else: names = ['knn_accuracy','knn_whitened']
         super().__init__([*names,'largest_class'])
-        self.labelled,self.k,self.temp,self.whiten = dls,k,temp,whiten
+        self.labeled,self.k,self.temp,self.whiten = dls,k,temp,whiten
 
     def before_fit(self):
         super().before_fit()
@@ -345,15 +345,15 @@ class KNNMetric(EpochColumns):
         self.epoch_values['largest_class'] = largest_share(valid[1])
 
     @property
-    def _dls(self): return self.learn.dls if self.labelled is None else self.labelled
+    def _dls(self): return self.learn.dls if self.labeled is None else self.labeled
 
     def _check(self):
         "Before the first step: labels, and enough of them"
         if len(self._dls.loaders)<2: raise ValueError("dls must hold a training and a validation set")
         for name,dl in (('train',self._dls.train),('valid',self._dls.valid)):
-            if not len(dl.dataset): raise ValueError(f"dls.{name} must hold labelled images, got none")
+            if not len(dl.dataset): raise ValueError(f"dls.{name} must hold labeled images, got none")
             if len(dl.dataset[0])<2:
-                raise ValueError(f"dls.{name} must have labels, got images alone: pass labelled DataLoaders to "
+                raise ValueError(f"dls.{name} must have labels, got images alone: pass labeled DataLoaders to "
                                  "KNNMetric")
         n = len(self._dls.train.dataset)
-        if not 1<=self.k<=n: raise ValueError(f"k must be between 1 and the {n} labelled training images, got {self.k}")
+        if not 1<=self.k<=n: raise ValueError(f"k must be between 1 and the {n} labeled training images, got {self.k}")

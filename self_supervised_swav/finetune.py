@@ -96,7 +96,8 @@ class _Tuner:
         self.args,self.path,self.files,self.vocab,self.y = args,path,files,vocab,y
         self.n_in,self.stats = settings['args']['n_in'],settings.get('stats')
         self.size = (settings.get('size') or 224,)*2
-        self.block = image_block(self.n_in, self.size, settings.get('window'), settings.get('background', 'white'), True)
+        self.block = image_block(self.n_in, self.size, settings.get('window'),
+                                 settings.get('background', 'white'), targets=True)
         self.device = default_device() if args.device is None else torch.device(args.device)
         n_steps = math.ceil(len(files)/min(args.bs, len(files)))
         self.epochs = args.epochs or max(10, min(60, round(400/n_steps)))
@@ -166,8 +167,8 @@ def labeled_files(
     y = torch.tensor([vocab.index(labels[n]) for n in names])
     sizes = {c: len({g for g,k in zip(groups, y.tolist()) if k==i}) for i,c in enumerate(vocab)}
     if few := [c for c,n in sizes.items() if n<2]:
-        raise ValueError(f"each class needs at least 2 images that were labeled on their own, one to learn from and one "
-                         f"to test with; too few: {', '.join(map(csv_name, few))}")
+        raise ValueError("each class needs at least 2 images that were labeled on their own, one to learn from and "
+                         f"one to test with; too few: {', '.join(map(csv_name, few))}")
     return LabeledFiles([root/n for n in names], y, groups, vocab)
 
 def _source_of(run):
@@ -276,8 +277,8 @@ def predict_images(
     head = load_file(home/'head.safetensors')
     x,files = folder_features(home, args.folder, args.bs, args.skip_bad, args.num_workers, args.device)
     if head['weight'].shape!=(len(vocab),x.shape[1]):
-        raise ValueError(f"{home} is not whole: its head is for {tuple(head['weight'].shape)} classes and features, its "
-                         f"encoder gives {len(vocab)} and {x.shape[1]}")
+        raise ValueError(f"{home} is not whole: its head is for {tuple(head['weight'].shape)} classes and features, "
+                         f"its encoder gives {len(vocab)} and {x.shape[1]}")
     probs = F.linear(x, head['weight'], head['bias']).softmax(1)
     best = probs.max(1)
     names = relative_names(files, args.folder)

@@ -78,12 +78,12 @@ def weighted_knn(
     features, # (n,d) features in question
     bank, # (N,d) features whose labels are known
     labels, # (N,) their classes, integers from 0
-    k:int=20, # Number of neighbours that vote
+    k:int=20, # Number of neighbors that vote
     temp:float=0.07, # Temperature: a vote weighs exp(similarity/temp)
     n_classes:int|None=None, # Number of classes (default: the largest label + 1)
     chunk:int=4096, # Rows of `features` and of `bank` compared at a time
 ):
-    "Votes (n,n_classes) of the `k` nearest neighbours by cosine similarity; rows sum to 1, `argmax(1)` predicts"
+    "Votes (n,n_classes) of the `k` nearest neighbors by cosine similarity; rows sum to 1, `argmax(1)` predicts"
     features,bank,labels = (o.as_subclass(torch.Tensor) for o in (features,bank,labels))  # fastai's types do not mix
     n_classes = _check_votes(bank, labels, temp, n_classes)
     sim,idx = nearest_neighbors(features, bank, k, chunk)

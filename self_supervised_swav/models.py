@@ -40,8 +40,8 @@ def create_mlp_module(
 def _at_least_float32(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
 class Prototypes(nn.Linear):
-    """`n_protos` unit vectors; the scores of embeddings (B,`dim`) are their products (B,`n_protos`), in float32 (float64
-    for float64 embeddings)"""
+    """`n_protos` unit vectors; the scores of embeddings (B,`dim`) are their products (B,`n_protos`), in float32
+    (float64 for float64 embeddings)"""
     def __init__(self,
         dim:int, # Width of the embeddings
         n_protos:int # Number of prototypes, K in the paper
@@ -117,7 +117,7 @@ class SwAVModel(MultiCropModel):
 
     def forward(self,
         x # One batch of images, or a list of crops of them
-    ) -> tuple: # Unit-norm embeddings (V*B,d) and scores (V*B,K), both of the embeddings' dtype, in the order of the crops
+    ) -> tuple: # Unit-norm embeddings (V*B,d) and scores (V*B,K), of the same dtype, in the order of the crops
         "Embed and score the crops `x`"
         z = self.embed(x)
         return z, self.prototypes(z)

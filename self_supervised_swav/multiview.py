@@ -235,7 +235,8 @@ def _loss_once(self:MultiView, pred, *yb):
         raise
     weight = self._weight_of_rank
     loss = loss if weight==1 else loss*weight
-    return loss.float() if loss.dtype==torch.float64 else loss  # fastai's Recorder adds up float32; gradients stay float64
+    # fastai's Recorder adds up float32; gradients stay float64
+    return loss.float() if loss.dtype==torch.float64 else loss
 
 @patch(as_prop=True)
 def _weight_of_rank(self:MultiView): return len(self.images)*len(self.sizes)/sum(self.sizes)

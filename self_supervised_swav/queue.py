@@ -48,8 +48,8 @@ class FeatureQueue(nn.Module):
         "Replace the oldest embeddings by `x`; a ValueError where the queue has no places for them"
         n_crops,length,dim = self.features.shape
         if x.ndim!=3 or (x.shape[0],x.shape[2])!=(n_crops,dim) or not length:
-            raise ValueError(f"x must have the shape ({n_crops},B,{dim}) of a queue with places, this one has {length}; "
-                             f"got {tuple(x.shape)}")
+            raise ValueError(f"x must have the shape ({n_crops},B,{dim}) of a queue with places, this one has "
+                             f"{length}; got {tuple(x.shape)}")
         if group is not None:
             sizes = sizes or [int(n) for n, in exchange(x.shape[1], device=x.device, group=group)]
             x = gather_rows(x, sizes, group)

@@ -61,8 +61,8 @@ def epoch_record(
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in record.items()}
 
 class EpochHistory(CSVLogger):
-    """`CSVLogger` that writes the whole file each epoch: one line per epoch, however often the fit was stopped; beside it
-    the same as JSON, a line for each epoch, with the share of the time that it waited for data"""
+    """`CSVLogger` that writes the whole file each epoch: one line per epoch, however often the fit was stopped; beside
+    it the same as JSON, a line for each epoch, with the share of the time that it waited for data"""
     def __init__(self, path):
         super().__init__()
         self.to = Path(path)
@@ -152,9 +152,10 @@ class TellDataWait(Callback):
         self.told = True
         n = getattr(getattr(self.dls.train, 'fake_l', None), 'num_workers', 0)
         cores = os.cpu_count() or 1
-        more = f"num_workers={min(16, cores)} (now {n})" if n<min(16, cores) else f"a machine with more than {cores} cores"
-        warnings.warn(f"{share:.0%} of the training time is spent waiting for images. Try {more}, or images that are stored "
-                      "smaller, at the size that is trained on, on a fast disk", stacklevel=2)
+        more = f"a machine with more than {cores} cores"
+        if n<min(16, cores): more = f"num_workers={min(16, cores)} (now {n})"
+        warnings.warn(f"{share:.0%} of the training time is spent waiting for images. Try {more}, or images that are "
+                      "stored smaller, at the size that is trained on, on a fast disk", stacklevel=2)
 
 # %% ../nbs/37_runs.ipynb #dfb8a2a7
 def import_logger(
@@ -430,10 +431,10 @@ class PretrainRun:
             tell_merged(self.images)
         return wanted
 
-    def _make_dls(self, labelled, bs=None):
+    def _make_dls(self, labeled, bs=None):
         a,bs = self.args,bs or self.args.bs
         device = default_device() if a.device is None else a.device
-        return self.images.dls(self.size, a.n_in, bs, labelled=labelled, num_workers=a.num_workers, device=device)
+        return self.images.dls(self.size, a.n_in, bs, labeled=labeled, num_workers=a.num_workers, device=device)
 
     def _find_bs(self, gain=1.1):
         "The largest batch size that fits, as long as doubling it makes an image `gain` times as fast"
@@ -486,7 +487,7 @@ class PretrainRun:
                SaveEncoder(self.out/'encoder.safetensors', size=self.size, source=self.args.source)]
         if self.log: cbs.append(RunLogger(self.log, self.out, config=asdict(self.args)))
         if self.args.knn and self.uses_labels and len(dls.valid_ds)>0:
-            parts = _random_parts(dls if self.images.files is None else self._make_dls(labelled=True))
+            parts = _random_parts(dls if self.images.files is None else self._make_dls(labeled=True))
             cbs.append(KNNMetric(parts, k=min(20, len(parts.train_ds))))
         return cbs
 
@@ -496,8 +497,8 @@ class PretrainRun:
         text = (f"{len(dls.train_ds):,} training images of {self.size} px, {len(dls.valid_ds):,} held out; an encoder "
                 f"of {n:,} parameters; {self.epochs} epochs of {len(dls.train)} batches on {dls.device or 'cpu'}")
         if self.extends:
-            text += (f"\nThe finished {self.epochs-self.extends} epochs go on with {self.extends} more: the learning rate "
-                     "rises and falls once more, and nothing that belongs to the beginning of a fit is repeated")
+            text += (f"\nThe finished {self.epochs-self.extends} epochs go on with {self.extends} more: the learning "
+                     "rate rises and falls once more, and nothing that belongs to the beginning of a fit is repeated")
         return f"{text}\n\n{learn.recipe}"
 
     def fit(self):

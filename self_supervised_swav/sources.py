@@ -78,7 +78,8 @@ class ImageSource:
 
     def _look_at(self, *parts):
         "Take the readable files of both parts; files that are not used are not looked at"
-        good,self.bad = split_bad(look_at_images([o for part in parts for o in part], window=self.window), self.skip_bad)
+        looked_at = look_at_images([o for part in parts for o in part], window=self.window)
+        good,self.bad = split_bad(looked_at, self.skip_bad)
         if not good: raise ValueError(f"no readable image in {self.source}")
         self.size,self.n_in = _usual(list(good.values()))
         self.files = list(good)
@@ -95,19 +96,19 @@ class ImageSource:
         size=None, # Size of the images (default: their own)
         n_in=None, # Channels (default: their own)
         bs:int=64, # Batch size
-        labelled:bool=True, # With labels?
+        labeled:bool=True, # With labels?
         num_workers=None, # Processes that load images
         device=None # Device of the batches
     )->DataLoaders:
         "DataLoaders of both parts"
         size,n_in = size or self.size,n_in or self.n_in
-        if self.files is None: return self._own_dls(size, n_in, dict(bs=bs, labelled=labelled, device=device))
+        if self.files is None: return self._own_dls(size, n_in, dict(bs=bs, labeled=labeled, device=device))
         if not (self.channels=={n_in} or self.channels | {n_in}<={1,3}):
             raise ValueError(f"n_in must be the channels of all images, {sorted(self.channels)}, got {n_in}")
-        if labelled: self.check_labels()
-        block = image_block(n_in, (size,size), self.window, self.background, targets=labelled)
-        dblock = DataBlock((block,CategoryBlock(self.vocab)) if labelled else block,
-                           get_y=parent_label if labelled else None, splitter=lambda o: self.splits,
+        if labeled: self.check_labels()
+        block = image_block(n_in, (size,size), self.window, self.background, targets=labeled)
+        dblock = DataBlock((block,CategoryBlock(self.vocab)) if labeled else block,
+                           get_y=parent_label if labeled else None, splitter=lambda o: self.splits,
                            item_tfms=resize(n_in, (size,size)))
         dls = dblock.dataloaders(self.files, bs=fit_bs(bs, len(self.splits[0])), num_workers=num_workers, device=device)
         dls.image_settings = dict(window=self.window, background=self.background)

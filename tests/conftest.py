@@ -50,6 +50,6 @@ def closed_figures():
 @pytest.fixture(scope='module')
 def trained():
     "A monitored Learner after two epochs with a queue, for pictures and reports"
-    learn = small_learner(n=80, labelled=True, cbs=[CollapseMonitor()], K=16, queue_start_pct=.5)
+    learn = small_learner(n=80, labeled=True, cbs=[CollapseMonitor()], K=16, queue_start_pct=.5)
     learn.fit(2, 3e-3)
     return learn

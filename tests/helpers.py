@@ -16,11 +16,11 @@ from self_supervised_swav.swav import SWAV
 
 def seed_all(seed=0): random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
 
-def digits(n, labelled=False, bs=16, seed=0, n_in=1, **kwargs):
+def digits(n, labeled=False, bs=16, seed=0, n_in=1, **kwargs):
     "DataLoaders of the first `n` digits, four fifths of them for training"
     x,y = map(torch.tensor, load_digits(return_X_y=True))
     x = (x[:n].float()/16).view(-1,1,8,8).repeat_interleave(2,2).repeat_interleave(2,3).repeat(1,n_in,1,1)
-    return tensor_dls(x, y[:n] if labelled else None, bs=bs, seed=seed, device='cpu', **kwargs)
+    return tensor_dls(x, y[:n] if labeled else None, bs=bs, seed=seed, device='cpu', **kwargs)
 
 def small_augs(num_crops=(2,1), crop_sizes=(16,10), **kwargs):
     "Pipelines for gray 16 px images"
@@ -31,12 +31,12 @@ def small_encoder(n_in=1):
     return create_encoder('resnet18', n_in=n_in, pretrained=False, small_images=True, layers=(1,1,1,1),
                           channels=(8,8,16,16))
 
-def small_learner(n=100, labelled=False, bs=16, augs=None, n_in=1, n_protos=20, seed=0, cbs=(), dls=None, learner={},
+def small_learner(n=100, labeled=False, bs=16, augs=None, n_in=1, n_protos=20, seed=0, cbs=(), dls=None, learner={},
                   **swav_kwargs):
     "A Learner with `SWAV`, quiet and seeded"
     seed_all(seed)
     model = create_swav_model(small_encoder(n_in), hidden_size=16, projection_size=8, n_protos=n_protos)
-    learn = Learner(dls or digits(n, labelled, bs, n_in=n_in), model,
+    learn = Learner(dls or digits(n, labeled, bs, n_in=n_in), model,
                     cbs=[SWAV(augs or small_augs(), **swav_kwargs), *cbs], **learner)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
@@ -47,7 +47,7 @@ def small_learner(n=100, labelled=False, bs=16, augs=None, n_in=1, n_protos=20, 
 method_cases = {name: dict(method=name)
                 for name in methods} | {'swav-queue': dict(method='swav', K=24, queue_start_pct=0.)}
 
-def method_learner(case, n=100, labelled=False, seed=0, cbs=(), dls=None, monitor=False, **kwargs):
+def method_learner(case, n=100, labeled=False, seed=0, cbs=(), dls=None, monitor=False, **kwargs):
     "A Learner with the method and the settings of a case, quiet, seeded, as fast as possible"
     seed_all(seed)
     given = method_cases[case]
@@ -57,7 +57,7 @@ def method_learner(case, n=100, labelled=False, seed=0, cbs=(), dls=None, monito
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # a queue of a quarter of the images, and the like
         settings = {k:v for k,v in quick.items() if k in known} | given | kwargs
-        learn = pretrain_learner(dls or digits(n, labelled), small_encoder(), cbs=cbs, bf16=False, **settings)
+        learn = pretrain_learner(dls or digits(n, labeled), small_encoder(), cbs=cbs, bf16=False, **settings)
     if not monitor: learn.remove_cb(learn.collapse_monitor)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None

@@ -91,22 +91,22 @@ def test_factors():
     same_distribution(p['sigma'], [T.GaussianBlur.get_params(.1, 2.) for _ in range(n_draws)], 'sigma')
 
 def summary(y):
-    "Numbers that each operation moves: brightness, contrast, colourfulness, hue balance, sharpness"
-    return dict(mean=y.mean((1,2,3)), std=y.mean(1).std((1,2)), colour=(y.amax(1)-y.amin(1)).mean((1,2)),
+    "Numbers that each operation moves: brightness, contrast, colorfulness, hue balance, sharpness"
+    return dict(mean=y.mean((1,2,3)), std=y.mean(1).std((1,2)), color=(y.amax(1)-y.amin(1)).mean((1,2)),
                 red=(y[:,0]-y[:,2]).mean((1,2)),
                 edges=(y[...,1:]-y[...,:-1]).abs().mean((1,2,3)))
 
 jitters = dict(brightness=(.8,0,0,0), contrast=(0,.8,0,0), saturation=(0,0,.8,0))
 
-@pytest.mark.parametrize('op', [*jitters, 'grey', 'blur'])
+@pytest.mark.parametrize('op', [*jitters, 'gray', 'blur'])
 def test_effect(op, photos):
-    "The pictures have torchvision's distribution of brightness, contrast, colourfulness and sharpness"
+    "The pictures have torchvision's distribution of brightness, contrast, colorfulness and sharpness"
     x = F.interpolate(photos[:1,:,:,:256], (32,32), mode='bilinear', antialias=True)
     kw = dict(off, scale=(1.,1.), ratio=(1.,1.))
     if op in jitters:
         ours = FusedAugment(32, **kw|dict(jitter_p=.8, jitter=jitters[op]))
         theirs = T.RandomApply([T.ColorJitter(*jitters[op])], p=.8)
-    if op=='grey': ours,theirs = FusedAugment(32, **kw|dict(bw_p=.2)),T.RandomGrayscale(.2)
+    if op=='gray': ours,theirs = FusedAugment(32, **kw|dict(bw_p=.2)),T.RandomGrayscale(.2)
     if op=='blur':
         ours,theirs = FusedAugment(32, **kw|dict(blur_p=.5)),T.RandomApply([T.GaussianBlur(23, (.1,2.))], p=.5)
     set_seed(0)
@@ -117,7 +117,7 @@ def test_effect(op, photos):
 @pytest.mark.parametrize('exact', [False,True])
 def test_hue_distribution(exact, photos):
     """Hue alone: kornia's is torchvision's. The fused turn keeps the mean of the channels where HSV keeps the largest
-    and the range: these numbers and their quantiles differ by at most 0.015 on the temple, whose colours are faint, and
+    and the range: these numbers and their quantiles differ by at most 0.015 on the temple, whose colors are faint, and
     by 0.045 (11 of 255 levels, in the contrast) on the flower, whose are strong"""
     aug = (ExactAugment if exact else FusedAugment)(32, **off|dict(scale=(1.,1.), ratio=(1.,1.), jitter_p=.8,
                                                                    jitter=(0,0,0,.2)))
@@ -136,19 +136,19 @@ def chain(x, size, scale, **kw): return T.Compose([
 @pytest.mark.parametrize('exact', [False,True])
 def test_everything(exact, tiny):
     """All operations together. The fused form may differ by 0.02 in these means and quantiles (5 of 255 levels): it
-    clamps once and at the end, turns hues about the grey axis instead of in HSV space. kornia's own differs as well: it
+    clamps once and at the end, turns hues about the gray axis instead of in HSV space. kornia's own differs as well: it
     interpolates without antialiasing (these crops grow, so that does not show)."""
     x = tiny[:1]
     set_seed(0)
     aug = (ExactAugment if exact else FusedAugment)(32, scale=(.25,1.))
     n = n_draws
-    # one order of the colour operations a call in kornia: several calls
+    # one order of the color operations a call in kornia: several calls
     a = summary(torch.cat([aug(x.expand(n//20,-1,-1,-1)) for _ in range(20)]))
     b = summary(torch.cat([chain(x, 32, (.25,1.)) for _ in range(n)]))
     for k in a: same_distribution(a[k], b[k], k, shift=.02)
 
-def test_single_colour_operations(photos):
-    "With one operation, the fused colours are torchvision's, hue aside"
+def test_single_color_operations(photos):
+    "With one operation, the fused colors are torchvision's, hue aside"
     def fused(x, f, bw=False):
         A,D = color_matrices(torch.tensor([f], dtype=torch.float64), torch.tensor([[0,1,2,3]]), torch.tensor([bw]), 3)
         return (torch.einsum('ij,jhw->ihw', A[0].float(), x) + (D[0].float()@x.mean((1,2)))[:,None,None]).clamp(0,1)
@@ -163,7 +163,7 @@ def test_single_colour_operations(photos):
             assert (ours-theirs).abs().mean() < .05
 
 def test_hue_is_the_best_linear_map():
-    "Over colours spread evenly, the least-squares fit to HSV hue shifts is the rotation, its gain within 10 %"
+    "Over colors spread evenly, the least-squares fit to HSV hue shifts is the rotation, its gain within 10 %"
     torch.manual_seed(0)
     x = torch.rand(3, 400, 400)
     for h in (-.2,.05,.1,.2):
@@ -227,7 +227,7 @@ def test_rotation(photos):
     assert (aug(photos, params=p)-turned).abs().max() < 1e-3
     assert (p['angle']!=0).any() and (p['angle']==0).any()
 
-def test_normalised(photos):
+def test_normalized(photos):
     set_seed(0)
     p = FusedAugment(48).draw(photos.shape, 4)
     mean,std = (.5,.4,.3),(.2,.3,.4)
@@ -400,14 +400,14 @@ def test_types(exact):
     assert get_batch_augs(16, jitter=False, bw=False, stats=None, exact=exact,
                           cuda=False)(torch.rand(2,7,20,20)).shape==(2,7,16,16)
 
-def test_one_channel_is_grey():
-    "Brightness and contrast act on one channel as on a grey image of three; the rest does nothing"
+def test_one_channel_is_gray():
+    "Brightness and contrast act on one channel as on a gray image of three; the rest does nothing"
     set_seed(0)
     aug = FusedAugment(24)
     x = torch.rand(4,1,40,40)
     p = aug.draw(x.shape, 8)
-    grey = dict(p, factors=torch.cat([p['factors'][:,:2], torch.tensor([[1.,0.]]).expand(32,2)], 1))
-    three = aug(x.expand(-1,3,-1,-1), params=grey)
+    gray = dict(p, factors=torch.cat([p['factors'][:,:2], torch.tensor([[1.,0.]]).expand(32,2)], 1))
+    three = aug(x.expand(-1,3,-1,-1), params=gray)
     assert (aug(x, params=p)-three).abs().max() < 1e-5
 
 def test_pickle(photos):
@@ -418,7 +418,7 @@ def test_pickle(photos):
 
 @pytest.mark.parametrize('c', [1,3])
 @needs_pretended_gpu
-def test_no_synchronisation(c):
+def test_no_synchronization(c):
     "All of it runs on pretended CUDA tensors: nothing is left on the CPU, no value is waited for"
     from torch._subclasses import FakeTensorMode
     # the parameters are drawn on the CPU even where the default device is another

@@ -33,7 +33,7 @@ def _umask():
     return old
 
 def test_learner(tmp_path):
-    "From a Learner: the encoder alone, with what its images were normalised with and the size of its crops"
+    "From a Learner: the encoder alone, with what its images were normalized with and the size of its crops"
     learn = small_learner(n_in=3, augs=small_augs(crop_sizes=(24,10)))
     for p in learn.swav.aug_pipelines: p.fs[0].aug.flags['stats'] = imagenet_stats
     settings = encoder_settings(save_encoder(learn, tmp_path/'e.safetensors', note='x'))

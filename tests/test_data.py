@@ -153,7 +153,7 @@ def test_digits_are_the_digits():
     assert key(b[0].numpy()*16, b[1].numpy()) == key(x, y)
 
 def test_digits_split():
-    a, b = digits_dls(size=8), digits_dls(size=8, labelled=False)
+    a, b = digits_dls(size=8), digits_dls(size=8, labeled=False)
     assert (len(a.train_ds), len(a.valid_ds)) == (1438, 359)
     assert torch.equal(a.valid_ds.x, b.valid_ds.x) and len(b.one_batch()) == 1 and b.train_ds.loss_func is no_targets
     assert not torch.equal(a.valid_ds.x, digits_dls(size=8, seed=1).valid_ds.x)
@@ -190,7 +190,7 @@ def test_workers():
     dls = small_dls(num_workers=2)
     assert torch.equal(torch.cat([b[1] for b in dls.valid]), dls.valid_ds.y)
 
-def test_labelled_learner(tmp_path):
+def test_labeled_learner(tmp_path):
     "Predictions come in order; export holds no images; a new tensor can be predicted, alone or in a batch"
     dls = small_dls()
     learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(48, dls.c)), path=tmp_path)
@@ -226,15 +226,15 @@ def write_fashion(path, n_train=30, n_valid=12):
             with gzip.open(path/f'{part}-{kind}-ubyte.gz', 'wb') as f:
                 f.write(struct.pack(f'>HBB{a.ndim}I', 0, 8, a.ndim, *a.shape)+a.tobytes())
 
-@pytest.mark.parametrize('labelled', [True, False])
-def test_fashion(tmp_path, labelled):
+@pytest.mark.parametrize('labeled', [True, False])
+def test_fashion(tmp_path, labeled):
     write_fashion(tmp_path)
-    dls = fashion_mnist_dls(path=tmp_path, n_train=20, bs=8, labelled=labelled)
+    dls = fashion_mnist_dls(path=tmp_path, n_train=20, bs=8, labeled=labeled)
     assert (len(dls.train_ds), len(dls.valid_ds)) == (20, 12)
     ids = [ds.x[:, 0, 0, 0].long() for ds in (dls.train_ds, dls.valid_ds)]
     assert len(ids[0].unique()) == 20 and ids[0].max() < 30 and set(ids[1].tolist()) == set(range(100,
         112)), 'the own split was not kept'
-    if labelled: assert dls.c == 10 and all(torch.equal(ds.y, i%10) for ds, i in zip((dls.train_ds, dls.valid_ds), ids))
+    if labeled: assert dls.c == 10 and all(torch.equal(ds.y, i%10) for ds, i in zip((dls.train_ds, dls.valid_ds), ids))
     x = dls.valid.one_batch()[0]
     assert x.shape == (8, 1, 28, 28) and torch.allclose(x[:, 0, 0, 0], ids[1][:8]/255)
     assert torch.equal(fashion_mnist_dls(path=tmp_path, n_train=20).train_ds.x, dls.train_ds.x)

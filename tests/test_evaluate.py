@@ -34,7 +34,7 @@ def clusters(n=600, d=12, n_classes=7, noise=1.5, seed=0):
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    "Three folders of ten coloured images"
+    "Three folders of ten colored images"
     path,g = tmp_path_factory.mktemp('images'),np.random.default_rng(0)
     for c,name in enumerate('abc'):
         (path/name).mkdir()
@@ -51,9 +51,9 @@ def file_dls(path, **kwargs):
 
 # --- features ---------------------------------------------------------------------------------------------------------
 def test_features_are_the_encoders():
-    "In order, to the last image, normalised as the crops are, in eval mode, and nothing is changed"
+    "In order, to the last image, normalized as the crops are, in eval mode, and nothing is changed"
     pipes = get_swav_aug_pipelines((2,1), (16,10), (.4,.1), (1.,.4), stats=([.3],[.2]))
-    learn = small_learner(n=100, labelled=True, augs=pipes)
+    learn = small_learner(n=100, labeled=True, augs=pipes)
     learn.model.train()
     next(m for m in learn.model.encoder.modules() if isinstance(m, nn.BatchNorm2d)).eval()
     modes,state = {m: m.training for m in learn.model.modules()},copy.deepcopy(learn.model.state_dict())
@@ -82,12 +82,12 @@ def test_sources_of_images(files):
     assert extract_features(encoder, DataLoader(torch.rand(5,3,16,16), batch_size=2), progress=False)[1] is None
     assert extract_features(Tiny(), digits(30).train, progress=False)[1] is None
     pipes = get_swav_aug_pipelines((2,1), (16,10), (.4,.1), (1.,.4))
-    learn = small_learner(augs=pipes, n_in=3, dls=dls)  # a DataLoader that normalises is not normalised again
+    learn = small_learner(augs=pipes, n_in=3, dls=dls)  # a DataLoader that normalizes is not normalized again
     torch.testing.assert_close(*(extract_features(o, dls.valid, progress=False)[0]
                                  for o in (learn, learn.model.encoder)))
 
 def test_map_on_disk(tmp_path):
-    dls,encoder = digits(100, labelled=True),Tiny()
+    dls,encoder = digits(100, labeled=True),Tiny()
     expected = extract_features(encoder, dls.train, progress=False)[0]
     for kwargs in (dict(max_bytes=100), dict(path=tmp_path/'f.bin'), dict(max_bytes=100, path=tmp_path/'g.bin')):
         assert torch.equal(extract_features(encoder, dls.train, progress=False, **kwargs)[0], expected)
@@ -126,7 +126,7 @@ def test_probe_is_sklearns(n_classes):
     torch.testing.assert_close(probe(valid[0]).softmax(1).double(), torch.tensor(scores).double(), atol=2e-3, rtol=0)
 
 def objective(probe, x, y, C=1.):
-    """What both solvers minimise, a mean over the images; weights of the standardised features, without the part that
+    """What both solvers minimize, a mean over the images; weights of the standardized features, without the part that
     all classes share"""
     w = probe.weight*x.std(0, correction=0)
     return (nn.functional.cross_entropy(probe(x), y)+(w-w.mean(0)).square().sum()/2/C/len(x)).item()
@@ -190,7 +190,7 @@ def test_refused_settings():
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 8), st.integers(0, 5))
 def test_splits_of_tensors(n, seed):
-    dls = digits(200, labelled=True, bs=64)
+    dls = digits(200, labeled=True, bs=64)
     a,b = (few_label_splits(dls, n_per_class=n, seed=seed) for _ in range(2))
     assert torch.equal(a.train_ds.x, b.train_ds.x) and (a.train_ds.y.bincount()==n).all()
     assert a.valid is dls.valid and sum(len(o[1]) for o in a.train)>len(a.train_ds)-len(a.train)
@@ -215,12 +215,12 @@ def test_splits_of_files(files):
     (dict(), 'one of n_per_class and fraction'), (dict(n_per_class=1, fraction=.1), 'one of n_per_class and fraction'),
     (dict(fraction=0.), 'fraction must be in'), (dict(fraction=1.5), 'fraction must be in')])
 def test_splits_refuse(kw, match):
-    with pytest.raises(ValueError, match=match): few_label_splits(digits(100, labelled=True), **kw)
+    with pytest.raises(ValueError, match=match): few_label_splits(digits(100, labeled=True), **kw)
 
 def test_splits_refuse_data():
     with pytest.raises(ValueError, match='dls must have labels, got images alone'):
         few_label_splits(digits(100), n_per_class=1)
-    dls = digits(100, labelled=True)
+    dls = digits(100, labeled=True)
     dls.train_ds.y[:] = 4
     with pytest.raises(ValueError, match=r'at least two classes, got class \[4\] alone'):
         few_label_splits(dls, n_per_class=1)
@@ -258,9 +258,9 @@ def test_few_label_learner(files, tmp_path):
         assert a[0]==b[0]==item.parent.name
         torch.testing.assert_close(a[2], b[2])
 
-def test_takes_normalisation_from_swav():
+def test_takes_normalization_from_swav():
     pipes = get_swav_aug_pipelines((2,1), (16,10), (.4,.1), (1.,.4), stats=([.3],[.2]))
-    pre = small_learner(n=100, labelled=True, augs=pipes)
+    pre = small_learner(n=100, labeled=True, augs=pipes)
     learn = quiet(few_label_learner(pre, pre.dls, pretrained=False))
     torch.testing.assert_close(learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor),
                                MultiCrop(pipes).normalize(pre.dls.valid.one_batch()[0]))
@@ -269,10 +269,10 @@ def test_takes_normalisation_from_swav():
     assert all(p.requires_grad for p in learn.model.parameters()) and isinstance(learn.model, EncoderWithHead)
     learn.fit(1)
     # without statistics nothing is added
-    assert few_label_learner(small_learner(n=100, labelled=True), pre.dls).dls is pre.dls
+    assert few_label_learner(small_learner(n=100, labeled=True), pre.dls).dls is pre.dls
 
 def test_interpretation_of_tensors():
-    learn = quiet(few_label_learner(Tiny(), digits(100, labelled=True)))
+    learn = quiet(few_label_learner(Tiny(), digits(100, labeled=True)))
     with learn.no_bar():
         learn.fit(1)
         assert ClassificationInterpretation.from_learner(learn).confusion_matrix().sum()==20
@@ -280,34 +280,34 @@ def test_interpretation_of_tensors():
 def test_learner_refuses():
     with pytest.raises(ValueError, match='dls must have labels'): few_label_learner(Tiny(), digits(100))
     with pytest.raises(ValueError, match='n_out must be'):
-        few_label_learner(Tiny(), digits(100, labelled=True), n_out=1)
+        few_label_learner(Tiny(), digits(100, labeled=True), n_out=1)
 
 # --- during the pretraining -------------------------------------------------------------------------------------------
 def test_knn_metric():
     "In the table, equal to the measure afterwards; weights are those of a run without it"
-    runs,labelled = [],digits(120, labelled=True, seed=1)
-    for cbs in ([],[KNNMetric(labelled, k=5)]):
+    runs,labeled = [],digits(120, labeled=True, seed=1)
+    for cbs in ([],[KNNMetric(labeled, k=5)]):
         learn = small_learner(n=100, cbs=cbs, K=24)
         learn.fit(2)
         runs.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
     assert torch.equal(*runs)
     assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','knn_accuracy','largest_class','time']
     assert len(learn.metrics)==0
-    pair = [extract_features(learn, o, progress=False) for o in (labelled.train,labelled.valid)]
+    pair = [extract_features(learn, o, progress=False) for o in (labeled.train,labeled.valid)]
     assert learn.recorder.values[-1][-2]==pytest.approx(knn_accuracy(*pair, k=5))
     y = pair[1][1].tolist()
     assert learn.recorder.values[-1][-1]==pytest.approx(max(map(y.count, y))/len(y))
 
 def test_knn_metric_of_the_learners_own_labels():
-    learn = small_learner(n=100, labelled=True, cbs=[KNNMetric()])
+    learn = small_learner(n=100, labeled=True, cbs=[KNNMetric()])
     learn.fit(1)
     assert 0<=learn.recorder.values[0][-1]<=1
     learn.validate()
 
 @pytest.mark.parametrize('dls,k,match', [(None,5,'dls.train must have labels'), ('few',500,'k must be between 1 and '
-    'the 80 labelled training images, got 500')])
+    'the 80 labeled training images, got 500')])
 def test_knn_metric_refuses_before_training(dls, k, match):
-    learn = small_learner(n=100, cbs=[KNNMetric(dls and digits(100, labelled=True), k=k)])
+    learn = small_learner(n=100, cbs=[KNNMetric(dls and digits(100, labeled=True), k=k)])
     with pytest.raises(ValueError, match=match): learn.fit(1)
 
 def test_without_progress_nothing_is_printed(capsys):

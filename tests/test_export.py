@@ -40,7 +40,7 @@ def test_other_networks_and_statistics(tmp_path):
     "Transformers too; images are normalized as the file says"
     e = create_encoder('vit_tiny_patch16_224', pretrained=False, depth=1)
     path = save_encoder(e, tmp_path/'e.safetensors', stats=([.1,.2,.3],[.5,.6,.7]))
-    learn = vision_learner(digits(60, labelled=True, n_in=3), encoder_arch(path), concat_pool=False)
+    learn = vision_learner(digits(60, labeled=True, n_in=3), encoder_arch(path), concat_pool=False)
     assert learn.dls.after_batch.fs[-1].mean.flatten().tolist()==pytest.approx([.1,.2,.3])
     assert learn.model(torch.rand(2,3,16,16)).shape[0]==2
 

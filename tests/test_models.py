@@ -56,7 +56,7 @@ def test_one_encoder_forward_per_resolution():
     assert seen == [(6,3,48,48), (9,3,32,32)]
     seen.clear()
     model(crops((32,48,48,32)))
-    assert seen == [(3,3,32,32), (6,3,48,48), (3,3,32,32)]  # order is kept: only neighbours go together
+    assert seen == [(3,3,32,32), (6,3,48,48), (3,3,32,32)]  # order is kept: only neighbors go together
     seen.clear()
     model([torch.randn(3,3,32,48), torch.randn(3,3,48,48)])
     assert len(seen) == 2
@@ -72,7 +72,7 @@ def test_rows_are_the_crops_in_order():
     torch.testing.assert_close(model(tuple(xs))[1], output)
 
 def test_projector_sees_all_crops_at_once():
-    "In training, its batch norm normalises over the crops of every resolution together"
+    "In training, its batch norm normalizes over the crops of every resolution together"
     model = small_model()
     seen = []
     model.projector.register_forward_hook(lambda m,i,o: seen.append(len(i[0])))
@@ -110,7 +110,7 @@ def test_compiled_encoder():
 
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
 def test_float32_under_autocast(dtype):
-    "The encoder runs in `dtype`, normalisation and scores in float32, as if the features were float32"
+    "The encoder runs in `dtype`, normalization and scores in float32, as if the features were float32"
     model, xs, seen = small_model().eval(), crops(), []
     model.projector.register_forward_hook(lambda m,i,o: seen.append(o))
     with torch.autocast('cpu', dtype=dtype): embedding, output = model(xs)
@@ -182,7 +182,7 @@ def test_a_step_off_the_sphere_is_undone():
                                atol=rounding(torch.float32, 16+4))
 
 def test_state_dict():
-    "Rows are normalised when loaded, unit rows come back bit for bit, the dict stays as it was"
+    "Rows are normalized when loaded, unit rows come back bit for bit, the dict stays as it was"
     model, twin = small_model(), small_model()
     state = deepcopy(model.state_dict())
     twin.load_state_dict(state)

@@ -173,7 +173,7 @@ def test_goes_on_where_the_fit_does(tmp_path, at):
     "Stopped within an epoch of 5 steps or at its end, and resumed: the same record, the same columns"
     def make(path):
         cbs = [CollapseMonitor(every=2),KNNMetric(k=3),ResumeTraining(path, every=100)]
-        return learner(n=100, labelled=True, cbs=cbs)
+        return learner(n=100, labeled=True, cbs=cbs)
     whole = make(tmp_path/'whole.pth')
     whole.fit(3, 3e-3)
     cut = make(tmp_path/'cut.pth')

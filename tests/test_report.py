@@ -161,7 +161,7 @@ def test_a_report_is_written_whole_or_not(trained, tmp_path, monkeypatch):
     with pytest.raises(OSError): trained.pretrain_report('/proc/no/report.html')
 
 def test_a_learner_without_a_method(trained):
-    plain = Learner(digits(40, labelled=True), trained.model, loss_func=F.cross_entropy)
+    plain = Learner(digits(40, labeled=True), trained.model, loss_func=F.cross_entropy)
     with pytest.raises(ValueError, match='learn must have a method such as SWAV among its callbacks'):
         plain.pretrain_report()
 
@@ -177,7 +177,7 @@ def test_next_steps_run(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec('from self_supervised_swav.all import *', names)
-    learn = small_learner(dls=digits(200, labelled=True, bs=16))
+    learn = small_learner(dls=digits(200, labeled=True, bs=16))
     names |= dict(learn=learn, labeled=learn.dls)
     for text,command in _next_steps(learn):
         assert text.endswith(':') and command, text

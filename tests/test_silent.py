@@ -41,7 +41,7 @@ def test_fit_without_a_method(folder, loss):
 
 def test_guard_leaves_other_learners_alone(folder):
     "A Learner that is exported must not need this package to be loaded"
-    assert not hasattr(Learner(digits(20, labelled=True), nn.Linear(1, 1)), 'no_targets_guard')
+    assert not hasattr(Learner(digits(20, labeled=True), nn.Linear(1, 1)), 'no_targets_guard')
     assert not hasattr(small_learner(20), 'no_targets_guard')
 
 def test_no_whole_batch(folder):
@@ -58,9 +58,9 @@ def test_plain_image_block(folder):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert learn.loss_func is no_targets and torch.stack(learn.recorder.losses).isfinite().all()
 
-@pytest.mark.parametrize('labelled', [False,True])
-def test_predictions_of_a_pretraining(labelled):
-    learn = small_learner(20, labelled=labelled)
+@pytest.mark.parametrize('labeled', [False,True])
+def test_predictions_of_a_pretraining(labeled):
+    learn = small_learner(20, labeled=labeled)
     with learn.no_bar():
         for ask in (lambda: learn.predict(torch.rand(1,16,16)), lambda: learn.show_results()):
             with pytest.raises(ValueError, match=r'extract_features\(learn, dl\) returns features'): ask()

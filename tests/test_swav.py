@@ -37,10 +37,10 @@ fits = dict(
     lr_find=lambda l: l.lr_find(num_it=8, show_plot=False), twice=lambda l: (l.fit(1), l.fit(1)))
 
 @each_method
-@pytest.mark.parametrize('labelled', [False,True])
+@pytest.mark.parametrize('labeled', [False,True])
 @pytest.mark.parametrize('how', fits)
-def test_fits(case, how, labelled):
-    learn = method_learner(case, labelled=labelled, cbs=[CountSteps])
+def test_fits(case, how, labeled):
+    learn = method_learner(case, labeled=labeled, cbs=[CountSteps])
     own,before = learn.loss_func,weights_of(learn)
     fits[how](learn)
     assert learn.loss_func is own
@@ -430,9 +430,9 @@ def test_no_batch_to_train_on():
     with pytest.raises(ValueError, match=text): learn.fit(1)
     assert np.isfinite(learn.validate()[0])
 
-@pytest.mark.parametrize('labelled', [False,True])
-def test_predict_and_show_results_say_what_to_use(labelled):
-    learn = small_learner(labelled=labelled)
+@pytest.mark.parametrize('labeled', [False,True])
+def test_predict_and_show_results_say_what_to_use(labeled):
+    learn = small_learner(labeled=labeled)
     own = learn.loss_func
     image = torch.rand(1, 16, 16)
     wrong = (learn.show_results,{}),(learn.predict,dict(item=image)),(learn.get_preds,dict(with_decoded=True))

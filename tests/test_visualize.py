@@ -68,7 +68,7 @@ def test_curves_without_a_monitor():
     assert list(axes[0].lines[0].get_ydata())==[float(o) for o in learn.recorder.losses]
 
 def test_curves_without_a_method():
-    learn = Learner(digits(40, labelled=True), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10)),
+    learn = Learner(digits(40, labeled=True), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10)),
                     loss_func=F.cross_entropy)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert [ax.get_ylabel() for ax in learn.plot_training()]==['loss (nats)','learning rate']
@@ -214,7 +214,7 @@ def test_codes_of_a_learner(trained):
     assert small_learner(n=40).show_codes()  # before any fit
 
 def test_learners_that_lack_something(trained):
-    plain = Learner(digits(40, labelled=True), trained.model, loss_func=F.cross_entropy)
+    plain = Learner(digits(40, labeled=True), trained.model, loss_func=F.cross_entropy)
     for f in (plain.show_codes, plain.show_prototypes):
         with pytest.raises(ValueError, match='learn must have a method such as SWAV among its callbacks'): f()
     with pytest.raises(ValueError, match='n must be a whole number from 1 to 20, the prototypes, got 21'):
