@@ -1,6 +1,7 @@
 "What one writes in a notebook: `from self_supervised_swav.all import *`"
 # ruff: noqa: F405
 import importlib, warnings
+from fastai.learner import Learner
 from .sinkhorn import *
 from .losses import *
 from .contrastive import *
@@ -66,10 +67,15 @@ __all__ = [
     # the encoder and what it knows
     'load_swav_checkpoint', 'load_official', 'encoder_arch', 'export_encoder',
     'save_encoder', 'load_encoder', 'load_weights', 'load_whitening', 'encoder_settings', 'create_from_settings',
-    'extract_features', 'Whitening', 'nearest_neighbors', 'near_duplicates', 'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
+    'extract_features', 'Whitening', 'nearest_neighbors', 'near_duplicates',
+    'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
     'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run',
     'folder_features', 'embed_images', 'group_images', 'sort_images', 'explore_page',
     'explore_images', 'select_to_label', 'select_images', 'finetune_labels', 'predict_images']
+
+# learn.simclr_report() as learn.simclr.show(): the report is the same for every method
+for _method in methods.values():
+    setattr(Learner, f'{_method.callback.__name__.lower()}_report', Learner.pretrain_report)
 
 def __getattr__(name):
     "A name that was here in 0.1.0, from the module that has it now"

@@ -33,8 +33,14 @@ def test_every_name_says_what_it_is():
 
 def test_every_module_is_in_all():
     "Its patches reach the Learner only if it is imported"
-    imported = {n.module for n in ast.walk(ast.parse(sources['all'])) if isinstance(n, ast.ImportFrom)}
+    nodes = ast.walk(ast.parse(sources['all']))
+    imported = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level}
     assert imported==sources.keys()-by_hand-not_in_all
+
+def test_every_method_has_its_report():
+    from fastai.learner import Learner
+    for name in ('swav','simclr','moco','deepclusterv2'):
+        assert getattr(Learner, f'{name}_report') is Learner.pretrain_report
 
 def test_old_names():
     for name in ('draw_prototypes','draw_neighbours','nearest_images','ImageSample','atomic_path'):
