@@ -36,7 +36,8 @@ def _exponentiate(scores, temp, top=None):
 def _pair_terms(positive, log_n):
     "Loss of pairs and its derivative by the positive's score, given that score and log n"
     excess = log_n-positive
-    return F.softplus(excess),-excess.sigmoid()
+    # from 40 on, e^-x is less than the rounding of float64; torch's own threshold of 20 is not enough
+    return F.softplus(excess, threshold=40),-excess.sigmoid()
 
 # %% ../nbs/08_contrastive.ipynb #f13deb0c
 class _NTXent(torch.autograd.Function):

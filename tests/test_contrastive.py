@@ -59,6 +59,14 @@ def test_info_nce_is_its_definition(V, B, K, d, temp, data):
     check_equal(value_and_grads(lambda q: info_nce(q, k, queue, temp, ids), q),
                 value_and_grads(lambda q: info_nce_by_pairs(q, k, queue, temp, ids), q), atol)
 
+@pytest.mark.parametrize('temp', [.09,.1,.109375,.2])
+def test_far_from_the_key(temp):
+    "A key on the other side and one negative beside the query: ln(1+e^(2/temp)), to the last digits of float64"
+    q,k = torch.ones(1, 1, dtype=torch.double),-torch.ones(1, 1, dtype=torch.double)
+    loss = info_nce(q, k, -k, temp)
+    # an exponent of up to 23 and its rounding, a logarithm
+    assert abs(loss.item()-math.log1p(math.exp(2/temp)))<=rounding(torch.double, 20, 2/temp)
+
 def test_gradcheck():
     z = torch.randn(4, 3, 5, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: nt_xent(z, .3, (0,2)), z)
