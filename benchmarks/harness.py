@@ -116,3 +116,9 @@ def write(path, rows, device, seconds):
     head = path.read_text().split(marker)[0]
     run = f'{date.today()}, {seconds/60:.0f} minutes.\n\n' + '\n'.join(f'- {o}' for o in machine(device))
     path.write_text(f'{head}{marker}\n\n## The last full run\n\n{run}\n\n{table(rows)}\n')
+
+def write_between(path, begin, end, text):
+    "Put `text` between two markers of the file"
+    s = path.read_text()
+    head,rest = s.split(begin)[0],s.split(end)[1]
+    path.write_text(f'{head}{begin}\n\n{text}\n\n{end}{rest}')

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from harness import line, machine, peak_memory
+from harness import line, machine, peak_memory, write_between
 from quality import few_probe, features, fmt, piece, quiet, version
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.deepcluster import DeepClusterV2
@@ -247,10 +247,8 @@ def report(out, s, seeds):
 begin,end = '<!-- methods: written by `make bench-methods` -->','<!-- methods: end -->'
 
 def write(path, text):
-    "Put the tables between the markers of the file"
-    s = path.read_text()
-    head,rest = s.split(begin)[0],s.split(end)[1]
-    path.write_text(f'{head}{begin}\n\n{text}\n\n{end}{rest}')
+    "Keep the tables in the file"
+    write_between(path, begin, end, text)
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import self_supervised_swav
-from harness import line, machine
+from harness import line, machine, write_between
 from self_supervised_swav.augment import get_batch_augs
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.encoders import create_encoder
@@ -282,10 +282,8 @@ def race_line(seed, ours, theirs):
 begin,end = '<!-- quality: written by `make bench-quality` -->','<!-- quality: end -->'
 
 def write(path, text):
-    "Put the table between the markers of the file"
-    s = path.read_text()
-    head,rest = s.split(begin)[0],s.split(end)[1]
-    path.write_text(f'{head}{begin}\n\n{text}\n\n{end}{rest}')
+    "Keep the table in the file"
+    write_between(path, begin, end, text)
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
