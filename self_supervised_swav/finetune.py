@@ -16,7 +16,7 @@ from fastai.callback import schedule  # noqa: F401  it patches Learner
 from fastai.callback.progress import ProgressCallback
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.torch_core import default_device, set_seed
-from fastai.data.transforms import IntToFloatTensor, ItemGetter
+from fastai.data.transforms import IndexSplitter, IntToFloatTensor, ItemGetter
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .args import FinetuneArgs, PredictArgs
@@ -82,11 +82,18 @@ def _fewest(y, groups):
     return min(Counter(c for c,_ in pairs).values())
 
 # %% ../nbs/44_finetune.ipynb #44f10010
+def _setting_of_run(run, *names):
+    "What `settings.json` of a run says; None where there is no run, or it does not say"
+    try:
+        value = json.loads((Path(run)/'settings.json').read_text(encoding='utf-8'))
+        for name in names: value = value[name]
+        return value
+    except (OSError,KeyError,ValueError,TypeError): return None
+
 def _mirrors(run):
     "Did the pretraining mirror its images?"
-    try: recipe = json.loads((Path(run)/'settings.json').read_text(encoding='utf-8'))['recipe']
-    except (OSError,KeyError,ValueError,TypeError): return .5
-    return recipe.get('augs', {}).get('flip_p', .5) if isinstance(recipe, dict) else .5
+    p = _setting_of_run(run, 'recipe', 'augs', 'flip_p')
+    return .5 if p is None else p
 
 class _Tuner:
     "Fine-tunes copies of an encoder on image files"
@@ -102,28 +109,29 @@ class _Tuner:
         n_steps = math.ceil(len(files)/min(args.bs, len(files)))
         self.epochs = args.epochs or max(10, min(60, round(400/n_steps)))
 
-    def dls(self, train, valid, augment=True):
-        "DataLoaders of the labeled files with these numbers"
-        order = [*train,*valid]
-        classes = dict(zip(map(str, self.files), self.y.tolist()))
-        dblock = DataBlock((self.block,CategoryBlock(self.vocab)), get_y=lambda o: self.vocab[classes[str(o)]],
+    def dls(self, train, valid=(), **kwargs):
+        "DataLoaders of the labeled files with these numbers, which can be pickled"
+        pairs = [(self.files[i],self.vocab[self.y[i]]) for i in [*train,*valid]]
+        dblock = DataBlock((self.block,CategoryBlock(self.vocab)), getters=[ItemGetter(0),ItemGetter(1)],
                            item_tfms=resize(self.n_in, self.size),
-                           splitter=lambda o: (range(len(train)),range(len(train), len(order))))
-        dls = dblock.dataloaders([self.files[i] for i in order], bs=min(self.args.bs, len(train)),
-                                 num_workers=self.args.num_workers, device=self.device)
-        if augment:
-            aug = get_batch_augs(self.size[0], jitter=False, bw=False, blur=False, resize_scale=(.5,1.),
-                                 flip_p=_mirrors(self.args.run), stats=None)
-            aug[0].order = IntToFloatTensor.order+1
-            dls.train.after_batch.add(aug[0])
-            dls.train.after_batch.split_idx = 0
+                           splitter=IndexSplitter(list(range(len(train), len(pairs)))))
+        own = dict(bs=min(self.args.bs, len(train)), num_workers=self.args.num_workers, device=self.device)
+        return dblock.dataloaders(pairs, **own|kwargs)
+
+    def augmented(self, dls):
+        "The same DataLoaders, with light crops in training"
+        aug = get_batch_augs(self.size[0], jitter=False, bw=False, blur=False, resize_scale=(.5,1.),
+                             flip_p=_mirrors(self.args.run), stats=None)
+        aug[0].order = IntToFloatTensor.order+1
+        dls.train.after_batch.add(aug[0])
+        dls.train.after_batch.split_idx = 0
         return dls
 
     def fit(self, train, valid, seed):
         "A Learner, fine-tuned on the files `train`"
         set_seed(seed)
-        learn = few_label_learner(load_encoder(self.path), self.dls(train, valid or train[:1]), stats=self.stats,
-                                  cbs=NoValidation())
+        learn = few_label_learner(load_encoder(self.path), self.augmented(self.dls(train, valid or train[:1])),
+                                  stats=self.stats, cbs=NoValidation())
         learn.remove_cb(ProgressCallback).logger = lambda *_: None
         learn.fine_tune(self.epochs, base_lr=4e-3, freeze_epochs=max(1, self.epochs//4), lr_mult=4)
         return learn
@@ -152,7 +160,8 @@ def labeled_files(
     "The labeled images of a file, with an error that names what is missing"
     labels,grouped = read_labels(path)
     if not labels: raise ValueError(f"{path} has no labels: fill in its column class")
-    roots = [Path(folder)] if folder else [Path(path).parent, *_source_of(run)]
+    source = _setting_of_run(run, 'args', 'source')
+    roots = [Path(folder)] if folder else [Path(path).parent, *([Path(source)] if source else [])]
     root = max(roots, key=lambda o: sum((o/n).is_file() for n in labels))
     missing = [n for n in labels if not (root/n).is_file()]
     if missing:
@@ -170,10 +179,6 @@ def labeled_files(
         raise ValueError("each class needs at least 2 images that were labeled on their own, one to learn from and "
                          f"one to test with; too few: {', '.join(map(csv_name, few))}")
     return LabeledFiles([root/n for n in names], y, groups, vocab)
-
-def _source_of(run):
-    try: return [Path(json.loads((Path(run)/'settings.json').read_text(encoding='utf-8'))['args']['source'])]
-    except (OSError,KeyError,ValueError,TypeError): return []
 
 class Classifier(NamedTuple):
     "How good each way is, by cross-validation, and which one was kept"
@@ -244,21 +249,13 @@ def _write_classifier(out, args, tuner, data, x, kept, temperature, result):
     known = {k: v for k,v in encoder_settings(tuner.path).items() if k in ('size','stats','window','background')}
     save_encoder(encoder, out/'encoder.safetensors', **known)
     with atomic_path(out/'head.safetensors') as p: save_file(dict(weight=weight.contiguous(), bias=bias), p)
-    learn = few_label_learner(encoder, _without_files(tuner), stats=tuner.stats, custom_head=head, pretrained=False)
+    plain = tuner.dls(everything, bs=2, num_workers=0)
+    learn = few_label_learner(encoder, plain, stats=tuner.stats, custom_head=head, pretrained=False)
     learn.model.eval()
     with atomic_path(out/'export.pkl') as p: learn.export(p.resolve())
     lo,hi = result.interval(kept)
     write_json(dict(classes=data.vocab, method=kept, labels=len(data.y), accuracy=result.accuracies[kept]/result.n,
                     interval=[lo,hi], largest_class=result.largest[1], temperature=temperature), out/'classifier.json')
-
-def _without_files(tuner):
-    "DataLoaders that can be pickled: the transforms of an image, no function of this module"
-    block = DataBlock((tuner.block,CategoryBlock(tuner.vocab)), getters=[ItemGetter(0),ItemGetter(1)],
-                      item_tfms=resize(tuner.n_in, tuner.size), splitter=_all_for_training)
-    pairs = [(f,tuner.vocab[i]) for f,i in zip(tuner.files, tuner.y.tolist())]
-    return block.dataloaders(pairs, bs=min(2, len(pairs)), num_workers=0, device=tuner.device)
-
-def _all_for_training(o): return list(range(len(o))),[]
 
 # %% ../nbs/44_finetune.ipynb #44f10018
 def predict_images(
