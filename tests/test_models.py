@@ -63,7 +63,8 @@ def test_one_encoder_forward_per_resolution():
 
 def test_rows_are_the_crops_in_order():
     "Embedding and scores equal encoding each crop alone, by the definition"
-    model, xs = randomize_bn(small_model()).eval(), crops((32,48,48,32))
+    # in float64, where a batch of crops and one crop differ by far less than crops that are mixed up
+    model, xs = randomize_bn(small_model()).double().eval(), [x.double() for x in crops((32,48,48,32))]
     embedding, output = model(xs)
     expected = torch.cat([F.normalize(model.projector(model.encoder(x)), dim=1) for x in xs])
     torch.testing.assert_close(embedding, expected)
@@ -93,7 +94,8 @@ def test_channels_last():
     model.encoder.register_forward_hook(lambda m,i,o: seen.append(i[0].is_contiguous(**last)))
     out = model([x.to(**last) for x in xs])
     assert seen == [True,True]
-    torch.testing.assert_close(out, model(xs), rtol=1e-4, atol=1e-5)
+    # another order of the sums: float32's rounding through a network of ten layers, as unit vectors and cosines
+    torch.testing.assert_close(out, model(xs), rtol=0, atol=rounding(torch.float32, 10*128))
 
 def test_pickle_and_copy():
     model, xs = small_model(small_encoder('test_vit')).eval(), crops((64,32))
