@@ -100,8 +100,8 @@ def engine():
     learn.fit_warmup_cos(n_epochs, lr, warmup=warmup, start_lr=start_lr, final_lr=final_lr)
     return watch.seen
 
-# The weights are float64: a step rounds at 1e-16, and a hundred steps of a network that learns amplify that by less than
-# a million. The losses are told in float32, where a loss below 4 is rounded by 1.2e-7.
+# The weights are float64: a step rounds at 1e-16, and a hundred steps of a network that learns amplify that by less
+# than a million. The losses are told in float32, where a loss below 4 is rounded by 1.2e-7.
 alike = 1e-10 + rounding(torch.float32, 1, 4)
 
 def test_every_step(engine):
