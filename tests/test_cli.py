@@ -45,7 +45,8 @@ def test_help():
     for o in ('(default: 64)','--resume','(default: 42)','--set NAME=VALUE','Leave out the k-NN accuracy'):
         assert o in out('pretrain', '--help')
     for o in ('(default: 1% 10%)','(default: 5)'): assert o in out('evaluate', '--help')
-    assert '-o FILE, --out FILE' in out('embed', '--help')
+    # Python 3.13 writes the value once
+    assert any(o in out('embed', '--help') for o in ('-o FILE, --out FILE', '-o, --out FILE'))
     assert all(o in out('--version') for o in ('Python 3','torch 2','fastai 2'))
 
 def test_old_names(tmp_path, monkeypatch, capsys):

@@ -112,11 +112,20 @@ def test_machines(project):
     try:
         numeric.write_text(f'import os\n{numeric_test}'
                            "def test_setting(): assert os.environ['OMP_NUM_THREADS'] != '4'\n")
-        res = run(project, 'tools/machines.py', 'thread')
+        res = run(project, 'tools/machines.py', '1 thread', '2 threads', '4 threads')
         assert [l.split(' in ')[0] for l in res.stdout.splitlines() if l.startswith('machines: ')] == [
             'machines: 1 thread: 3 passed, 0 failed, 0 skipped', 'machines: 2 threads: 3 passed, 0 failed, 0 skipped',
             'machines: 4 threads: 2 passed, 1 failed, 0 skipped'], res.stdout+res.stderr
     finally: numeric.write_text(numeric_test)
+
+def test_machines_together_have_every_part():
+    sys.path.insert(0, str(root/'tools'))
+    try: import machines
+    finally: sys.path.pop(0)
+    def has(env, part): return all(v in env.get(k, '').split(',') or env.get(k)==v for k,v in part.items())
+    alone = {k: v for k,v in machines.parts.items() if 'SWAV_ORDER' not in v}
+    assert [k for k,v in alone.items() if not any(has(o, v) for o in machines.settings.values())] == []
+    assert len({o.get('SWAV_ORDER') for o in machines.settings.values()}) == 3  # three orders of the tests
 
 sandbox_probe = """
 import os, socket, sys

@@ -2,11 +2,21 @@
 that name settings]`
 
 Each setting makes torch and its libraries compute in another order, with other instructions, or with less knowledge of
-the processor. A bound that only holds in one of them is what one machine happened to give."""
+the processor. A bound that only holds in one of them is what one machine happened to give. Without words: three
+machines that have all of the settings among them; `parts` has each alone."""
 import os, re, subprocess, sys, time
 from runner import Count, close, find_notebooks, notebooks, root, say, tests
 
 settings = {
+    'old processor, one thread': dict(ATEN_CPU_CAPABILITY='default', ONEDNN_MAX_CPU_ISA='AVX2', OMP_NUM_THREADS='1',
+                                      SWAV_PRETEND='caches,bfloat16', SWAV_ORDER='1'),
+    'AVX2, two threads': dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX512_CORE', OMP_NUM_THREADS='2',
+                              SWAV_ORDER='2'),
+    'MKL as on any processor, four threads': dict(MKL_CBWR='COMPATIBLE', OMP_NUM_THREADS='4'),
+}
+
+# each part alone, to find which of them a failure comes from
+parts = {
     'ATen without vector instructions': dict(ATEN_CPU_CAPABILITY='default'),
     'ATen with AVX2': dict(ATEN_CPU_CAPABILITY='avx2'),
     'oneDNN with AVX2': dict(ONEDNN_MAX_CPU_ISA='AVX2'),
@@ -60,8 +70,8 @@ def short():
     return sum((run_setting(k, v, short=True) for k, v in short_settings.items()), Count())
 
 def main(*words):
-    chosen = {k: v for k, v in settings.items() if not words or any(w in k for w in words)}
-    if not chosen: sys.exit(f"no setting named so; there are: {', '.join(settings)}")
+    chosen = settings if not words else {k: v for k, v in (settings | parts).items() if any(w in k for w in words)}
+    if not chosen: sys.exit(f"no setting named so; there are: {', '.join(settings | parts)}")
     return close(sum((run_setting(k, v) for k, v in chosen.items()), Count()))
 
 if __name__ == '__main__':
