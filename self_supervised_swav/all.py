@@ -49,7 +49,7 @@ __all__ = [
     'check_images',
     # models
     'PoolingType', 'create_encoder', 'create_timm_encoder', 'create_fastai_encoder',
-    'create_mlp_module', 'create_swav_model', 'SwAVModel', 'Prototypes',
+    'create_swav_model', 'SwAVModel', 'Prototypes',
     # crops
     'get_batch_augs', 'get_multi_aug_pipelines', 'get_swav_aug_pipelines', 'MultiCrop',
     # methods and their settings
@@ -69,7 +69,7 @@ __all__ = [
     'save_encoder', 'load_encoder', 'load_weights', 'load_whitening', 'encoder_settings', 'create_from_settings',
     'extract_features', 'Whitening', 'nearest_neighbors', 'near_duplicates',
     'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
-    'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run',
+    'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run', 'compare_encoders',
     'folder_features', 'embed_images', 'group_images', 'sort_images', 'explore_page',
     'explore_images', 'select_to_label', 'select_images', 'finetune_labels', 'predict_images']
 
@@ -80,7 +80,7 @@ for _method in methods.values():
 def __getattr__(name):
     "A name that was here in 0.1.0, from the module that has it now"
     if not name.startswith('_'):
-        for mod in ('drawings','visualize','samples','files','fused'):
+        for mod in ('drawings','visualize','samples','files','fused','models'):
             found = importlib.import_module(f'.{mod}', __package__)
             if hasattr(found, name):
                 warnings.warn(f"{name} is no longer in all: from self_supervised_swav.{mod} import {name}",

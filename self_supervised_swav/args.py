@@ -134,8 +134,9 @@ class PretrainArgs(ImageArgs):
 # %% ../nbs/17_args.ipynb #77129b5c
 @dataclass
 class EvaluateArgs(ImageArgs):
-    "Compare a pretrained encoder with raw pixels, an untrained encoder and training from scratch, on labels"
-    run:str # Folder of a run, or the file of its encoder
+    "Compare pretrained encoders with raw pixels, an untrained encoder and training from scratch, on labels"
+    # Folder of a run, or the file of its encoder; several: the first is what the others are compared with
+    run:list = field(metadata=dict(nargs='+', type=str))
     source:str # Images with labels: a folder with one folder per class; or 'digits' or 'fashion-mnist'
     # Few labels: shares of each class (1%) or numbers per class (10)
     labels:list = option(('1%','10%'), nargs='+', metavar='N|N%', type=str)
@@ -145,9 +146,14 @@ class EvaluateArgs(ImageArgs):
     k:int = option(20, metavar='N') # Nearest neighbors of the k-NN accuracy
     valid_pct:float = option(metavar='SHARE') # Share of the images held out (default: as in the run)
     n_images:int = option(metavar='N') # Take the labels from a random part of this many images (default: as in the run)
+    # File to write the figures to (default: evaluation.json in the folder of the run; of several runs none)
+    out:str = option(short='o', metavar='FILE')
 
     def check(self):
         super().check()
+        self.run = [str(o) for o in (self.run if isinstance(self.run, (list,tuple)) else [self.run])]
+        check_arg('run', self.run, len, 'at least one run')
+        check_arg('out', self.out, lambda o: str(o).endswith('.json'), 'a file that ends in .json')
         for name,least in (('seeds',1), ('epochs',0), ('k',1), ('n_images',2)):
             check_least(name, getattr(self, name), least)
         check_arg('epochs', self.epochs, lambda o: not 0<o<3, '0 or at least 3')

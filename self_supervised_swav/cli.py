@@ -34,7 +34,7 @@ def _add_argument(group, f, text):
         if f.default: names,text = [f"--no-{flag_of(f)[2:]}"],f'Leave out {text[0].lower()}{text[1:]}'
         else: names = [flag_of(f)]
         kwargs |= dict(action='store_false' if f.default else 'store_true', dest=f.name)
-    elif _is_positional(f): names,kwargs = [f.name],dict(type=f.type)
+    elif _is_positional(f): names,kwargs = [f.name],dict(type=f.type)|kwargs
     else:
         names = [*([f"-{f.metadata['short']}"] if 'short' in f.metadata else []), flag_of(f)]
         shown = ' '.join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
@@ -139,6 +139,7 @@ def evaluate(args):
     from self_supervised_swav.compare import evaluate_run
     res = evaluate_run(args)
     print(f"\n{res}\n\n{res.notes}")
+    if args.out: print(f'\nWrote {args.out}')
 
 # %% ../nbs/49_cli.ipynb #48c57d87
 @command(EmbedArgs)
@@ -203,6 +204,7 @@ _epilog = """examples:
   swav pretrain photos --resume         after Ctrl-C or a crash
   swav pretrain photos --resume --extend 50   50 epochs more, after the last
   swav evaluate runs/photos labeled     labeled/ holds one folder per class
+  swav evaluate runs/old runs/new labeled   is the new run better?
   swav embed runs/photos more_photos -o features.npy
 
 swav COMMAND --help describes a command and its options.
