@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 'exit_codes', 'command', 'pretrain', 'evaluate',
-           'embed', 'replay', 'sort', 'explore', 'select', 'finetune', 'predict', 'create_parser', 'main',
+           'embed', 'replay', 'sort', 'explore', 'select', 'finetune', 'predict', 'export', 'create_parser', 'main',
            'swav_pretrain', 'swav_evaluate', 'swav_embed']
 
 # %% ../nbs/49_cli.ipynb #7e5919ff
 import argparse, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from .args import (EmbedArgs, EvaluateArgs, ExploreArgs, FinetuneArgs, PredictArgs, PretrainArgs,
-                                       ReplayArgs, SelectArgs, SortArgs, versions)
+from .args import (EmbedArgs, EvaluateArgs, ExploreArgs, ExportArgs, FinetuneArgs, PredictArgs,
+                                       PretrainArgs, ReplayArgs, SelectArgs, SortArgs, versions)
 
 # %% ../nbs/49_cli.ipynb #a28b3f62
 def flag_of(
@@ -196,6 +196,13 @@ def predict(args):
     from self_supervised_swav.finetune import predict_images
     print(predict_images(args))
     print(f'\nWrote {args.out}, the least certain first')
+
+# %% ../nbs/49_cli.ipynb #804d684e
+@command(ExportArgs)
+def export(args):
+    "`swav export`"
+    from self_supervised_swav.export import export_encoder
+    print(f'Wrote {export_encoder(args.run, args.out, args.format, args.size, args.normalize)}')
 
 # %% ../nbs/49_cli.ipynb #68583a1b
 _description = "Pretrain an image encoder without labels (SwAV), measure it, and use it."
