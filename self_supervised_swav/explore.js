@@ -1,72 +1,21 @@
-'use strict'
-// --- data: numbers in base64, images in the order of their rank in their groups, so the first ones are the most typical
-const data = JSON.parse(document.getElementById('data').textContent)
-const $ = id => document.getElementById(id)
-const bytes = text => {
-  const s = atob(text), out = new Uint8Array(s.length)
-  for (let i = 0; i < s.length; i++) out[i] = s.charCodeAt(i)
-  return out
-}
-const words = text => new Uint16Array(bytes(text).buffer)
-const names = data.names, n = names.length, {cell, cols, k} = data, perSheet = cols*cols
-const xy = Float32Array.from(words(data.xy), o => o/65535), box = bytes(data.box)
+// --- numbers in base64; images in the order of their rank in their groups, so the first ones are the most typical
+const names = data.names, n = names.length, k = data.k
+const xy = Float32Array.from(words(data.xy), o => o/65535)
 const groupOf = words(data.group), distance = words(data.distance), near = words(data.near)
 const cosine = new Int8Array(bytes(data.cosine).buffer), twins = words(data.twins), twinCosine = words(data.twinCosine)
 const members = data.groups.map(() => [])
 for (let i = 0; i < n; i++) members[groupOf[i]].push(i)
 const folderOf = names.map(o => o.includes('/') ? o.slice(0, o.indexOf('/')) : '')
 const folders = [...new Set(folderOf)].sort()
-
-// --- elements: text goes in as text, never as markup
-const el = (tag, props = {}, ...children) => {
-  const o = document.createElement(tag)
-  for (const [key, v] of Object.entries(props)) key.includes('-') ? o.setAttribute(key, v) : o[key] = v
-  o.append(...children)
-  return o
-}
 const baseName = i => names[i].slice(names[i].lastIndexOf('/') + 1)
-const count = (m, what) => `${m.toLocaleString('en')} ${what}${m === 1 ? '' : 's'}`
 const groupName = g => data.groups[g]
-const say = text => { $('said').textContent = text }
-
-// --- thumbnails: sheets arrive one after the other; a canvas that waits for its sheet is painted when it comes
-const sheets = [], waiting = new Map()
-const ready = i => sheets[Math.floor(i/perSheet)]
-function paint(c, i, x, y, w, h) {
-  const slot = i%perSheet, bw = box[2*i], bh = box[2*i + 1]
-  c.drawImage(ready(i), slot%cols*cell, Math.floor(slot/cols)*cell, bw, bh, x, y, w, h)
-}
-function fill(canvas) {
-  const i = +canvas.dataset.i
-  if (!ready(i)) return waiting.set(canvas, i)
-  canvas.width = box[2*i]
-  canvas.height = box[2*i + 1]
-  paint(canvas.getContext('2d'), i, 0, 0, canvas.width, canvas.height)
-}
-const seen = new IntersectionObserver(entries => {
-  for (const e of entries) if (e.isIntersecting) { seen.unobserve(e.target); fill(e.target) }
-}, {rootMargin: '200px'})
-const picture = i => {
-  const canvas = el('canvas', {width: 8, height: 8})
-  canvas.dataset.i = i
-  seen.observe(canvas)
-  return canvas
-}
 const thumb = (i, caption = '', label = '') => {
   const o = el('button', {className: 'thumb', title: names[i], 'aria-label': [names[i], label || caption].filter(Boolean).join(', ')},
                picture(i), ...(caption ? [el('span', {}, caption)] : []))
   o.onclick = () => select(i, true)
   return o
 }
-async function arrive(img) {
-  const bitmap = await createImageBitmap(img)
-  sheets[+img.dataset.sheet] = bitmap
-  img.remove()
-  for (const [canvas, i] of waiting) if (ready(i)) { waiting.delete(canvas); fill(canvas) }
-  if (sheets.filter(Boolean).length === data.sheets) performance.mark('all-thumbnails')
-  redraw()
-}
-document.addEventListener('load', e => { if (e.target.matches?.('img.sheet')) arrive(e.target) }, true)
+arrived = () => redraw()
 
 // --- the map: which images are drawn as thumbnails at which zoom
 const map = $('map'), ctx = map.getContext('2d')
@@ -483,11 +432,8 @@ function listTwins() {
   }
   range.oninput = update
   save.onclick = () => {
-    const rows = sets.flatMap((set, j) => set.map(i => `${j},${quoted(names[i])}`))
-    const link = el('a', {download: 'near_duplicates.csv',
-                          href: URL.createObjectURL(new Blob([`set,file\n${rows.join('\n')}\n`], {type: 'text/csv'}))})
-    link.click()
-    setTimeout(() => URL.revokeObjectURL(link.href), 1e4)
+    const rows = sets.flatMap((set, j) => set.map(i => `${j},${quoted(data.cells[i] ?? names[i])}`))
+    download(`set,file\n${rows.join('\n')}\n`, 'near_duplicates.csv')
   }
   $('twins').replaceChildren(head, label, range, el('p', {}, save), list)
   update()

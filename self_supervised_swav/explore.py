@@ -6,21 +6,21 @@
 __all__ = ['sheet_px', 'thumbnail_px', 'thumbnail_sheets', 'explore_page', 'explore_images']
 
 # %% ../nbs/41_explore.ipynb #4552f20c
-import base64, hashlib, html, io, json, os, sys, warnings
+import base64, os, sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files as package_files
 from pathlib import Path
 from urllib.parse import quote
 import numpy as np, torch
-from PIL import Image, ImageOps, features as pillow_features
+from PIL import Image
 from fastprogress.fastprogress import progress_bar
-from fastai.vision.core import PILImage
 from .args import ExploreArgs
-from .data import OpenImage, random_split
+from .data import random_split
 from .drawings import printable
-from .files import atomic_path, check_writable
+from .files import check_writable
 from .grouping import Groups, directions, group_folder, group_images
+from .images import csv_name
 from .knn import near_duplicates, nearest_neighbors
+from .pages import image_uri, thumbnail, write_page
 from .runs import find_encoder
 from .visualize import project_features
 
@@ -32,21 +32,6 @@ def thumbnail_px(
 )->int: # 128 to 48
     "Side of thumbnails: smaller where there are more, so that a page can still be sent"
     return next((px for most,px in ((1000,128),(4000,96),(10_000,64)) if n<=most), 48)
-
-def _thumbnail(fn, px):
-    "Gray for an image that has no colors to show, or is gone by now: the page is worth having without it"
-    try: im = OpenImage(PILImage, (2*px,2*px))(fn)
-    except ValueError as e:
-        warnings.warn(f"gray on the page: {e}", stacklevel=2)
-        return Image.new('RGB', (px,px), 'gray')
-    return ImageOps.contain(im.convert('RGB'), (px,px), Image.Resampling.LANCZOS)
-
-def _sheet_source(sheet):
-    "A sheet as a data URI"
-    kind = 'webp' if pillow_features.check('webp') else 'jpeg'
-    f = io.BytesIO()
-    sheet.save(f, kind, quality=80 if kind=='webp' else 85)
-    return f'data:image/{kind};base64,{base64.b64encode(f.getvalue()).decode()}'
 
 def thumbnail_sheets(
     files, # n image files
@@ -60,16 +45,14 @@ def thumbnail_sheets(
         for start in (progress_bar if progress else iter)(range(0, len(files), cols**2)):
             part = files[start:start+cols**2]
             sheet = Image.new('RGB', (sheet_px if len(part)>=cols else len(part)*px, -(-len(part)//cols)*px), 'white')
-            for i,im in enumerate(pool.map(_thumbnail, part, [px]*len(part))):
+            for i,im in enumerate(pool.map(thumbnail, part, [px]*len(part))):
                 sheet.paste(im, (i%cols*px, i//cols*px))
                 sizes.append(im.size)
-            sheets.append(_sheet_source(sheet))
+            sheets.append(image_uri(sheet))
     return sheets,np.array(sizes, dtype=np.uint8)
 
 # %% ../nbs/41_explore.ipynb #f323d4ef
 def _base64(x, dtype): return base64.b64encode(np.ascontiguousarray(x).astype(dtype).tobytes()).decode()
-
-def _hash(text): return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 def _by_rank(groups):
     "Images in the order of their rank in their groups, round by round"
@@ -94,13 +77,14 @@ def _nearest_rows(x, k):
     return nearest_neighbors(x, x, k, own=torch.arange(len(x)))
 
 def _names_and_addresses(files, root, out):
-    "Names from `root`; the address of `root` from the page; and addresses of files that their names do not give"
+    "Names from `root`; the address of `root` from the page; and, where names do not give them, addresses and CSV cells"
     paths = [Path(os.path.relpath(o, root)) for o in files]
     names = [printable(o.as_posix()) for o in paths]
     try: base = quote(os.fsencode(Path(os.path.relpath(root.resolve(), out.parent.resolve())).as_posix()))+'/'
     except ValueError: base = None  # on another drive
     odd = {i: quote(os.fsencode(p.as_posix())) for i,(p,name) in enumerate(zip(paths, names)) if p.as_posix()!=name}
-    return names,base,odd
+    cells = {i: cell for i,(p,name) in enumerate(zip(paths, names)) if (cell := csv_name(p.as_posix()))!=name}
+    return names,dict(base=base, odd=odd, cells=cells)
 
 def _page_data(x, xy, names, groups, sizes, px, n_neighbors, least_twin):
     cosines,near = _nearest_rows(x, n_neighbors)
@@ -114,24 +98,6 @@ def _page_data(x, xy, names, groups, sizes, px, n_neighbors, least_twin):
         distance=_base64((groups.distances.clamp(0, 2)*32767).round(), '<u2'),
         cosine=_base64((cosines*100).round(), 'i1'), twins=_base64(pairs, '<u2'),
         twinCosine=_base64((alike.clamp(0, 1)*1e4).round(), '<u2'), leastTwin=least_twin, twin=.98)
-
-def _filled(template, **parts):
-    for name,text in parts.items():
-        if template.count('{{'+name+'}}')<1: raise KeyError(name)
-    pieces = template.split('{{')
-    return pieces[0]+''.join(parts[name]+rest for name,rest in (o.split('}}', 1) for o in pieces[1:]))
-
-def _write_page(path, data, sheets, **texts):
-    folder = package_files('self_supervised_swav')
-    template,script = ((folder/f'explore.{o}').read_text(encoding='utf-8') for o in ('html','js'))
-    style = template.split('<style>')[1].split('</style>')[0]
-    policy = f"default-src 'none'; img-src data: blob:; style-src {_hash(style)}; script-src {_hash(script)}; " \
-             "base-uri 'none'; form-action 'none'"
-    tags = '\n'.join(f'<img class="sheet" hidden alt="" data-sheet="{i}" src="{o}">' for i,o in enumerate(sheets))
-    text = _filled(template, policy=policy, script=script, sheets=tags,
-                   data=json.dumps(data|dict(sheets=len(sheets)), separators=(',',':')).replace('<', '\\u003c'),
-                   **{k: html.escape(printable(v)) for k,v in texts.items()})
-    with atomic_path(path) as p: p.write_text(text, encoding='utf-8')
 
 def explore_page(
     features, # (n,d) features
@@ -162,13 +128,12 @@ def explore_page(
     files = [files[i] for i in order.tolist()]
     groups = Groups(groups.groups[order], groups.distances[order], groups.centers)
     sheets,sizes = thumbnail_sheets(files, px, progress)
-    names,base,odd = _names_and_addresses(files, root, out)
+    names,addresses = _names_and_addresses(files, root, out)
     data = _page_data(x[order], _on_square(xy[order]), names, groups, sizes, px, n_neighbors, .9)
-    data.update(base=base, odd=odd)
+    data.update(addresses)
     what = f"{groups!r}" + (f'; {note}' if note else '')
-    _write_page(out, data, sheets, title=title or root.resolve().name or 'Images', note=what, axes=' and '.join(axes),
-                label=f'Map of {what}')
-    return out
+    return write_page(out, 'explore', data, sheets, title=title or root.resolve().name or 'Images', note=what,
+                      axes=' and '.join(axes), label=f'Map of {what}')
 
 # %% ../nbs/41_explore.ipynb #bb921dfc
 def explore_images(

@@ -281,5 +281,5 @@ def predict_images(
     names = relative_names(files, args.folder)
     rows = [[names[i], vocab[best.indices[i]], f'{best.values[i]:.4f}', *(f'{o:.4f}' for o in probs[i])]
             for i in best.values.argsort(stable=True).tolist()]
-    write_csv(args.out, ['file','prediction','probability',*(csv_name(f'p({c})') for c in vocab)], rows)
+    write_csv(args.out, ['file','prediction','probability',*(f'p({c})' for c in vocab)], rows)
     return {vocab[k]: n for k,n in Counter(best.indices.tolist()).most_common()}

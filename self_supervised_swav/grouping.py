@@ -6,15 +6,16 @@
 __all__ = ['directions', 'Groups', 'default_n_groups', 'group_images', 'load_prototypes', 'group_folder', 'sort_images']
 
 # %% ../nbs/40_grouping.ipynb #719851f8
-import csv, math, os, shutil
+import math, os, shutil
 from collections import namedtuple
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import torch, torch.nn.functional as F
 from .args import SortArgs, check_least
-from .drawings import check_finite, printable
+from .drawings import check_finite
 from .embed import folder_features
 from .files import check_writable, has_state, read_state
+from .images import write_csv
 from .kmeans import nearest_prototypes, spherical_kmeans
 from .knn import nearest_neighbors
 from .models import create_mlp_module
@@ -161,16 +162,12 @@ def _fitting(name, most=255):
     while len(os.fsencode(stem+ext))>most: stem = stem[:-1]
     return stem+ext
 
-def _write_csv(path, files, root, groups, neighbors, places):
-    names = [printable(o.relative_to(root).as_posix()) for o in files]
+def _write_table(path, files, root, groups, neighbors, places):
+    names = [o.relative_to(root).as_posix() for o in files]
     rank = {i: r+1 for g in groups.groups.unique().tolist() for r,i in enumerate(groups.members(g).tolist())}
-    head = 'file','group','rank','distance',*(f'neighbor_{i+1}' for i in range(neighbors.shape[1])),'sorted_as'
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        rows = csv.writer(f, lineterminator='\n')
-        rows.writerow(head)
-        for i,(g,d) in enumerate(zip(groups.groups.tolist(), groups.distances.tolist())):
-            rows.writerow([names[i], g, rank[i], f'{d:.4f}', *(names[j] for j in neighbors[i].tolist()),
-                           printable(places[i])])
+    head = ['file','group','rank','distance',*(f'neighbor_{i+1}' for i in range(neighbors.shape[1])),'sorted_as']
+    write_csv(path, head, [[names[i], g, rank[i], f'{d:.4f}', *(names[j] for j in neighbors[i].tolist()), places[i]]
+                           for i,(g,d) in enumerate(zip(groups.groups.tolist(), groups.distances.tolist()))])
 
 def _check_place(out, folder):
     "`out` is new or empty, and not among the images"
@@ -207,7 +204,7 @@ def sort_images(
                 places[i] = f'{groups.name(g)}/{name}'
                 if args.copy: shutil.copy2(files[i], new/places[i])
                 else: (new/places[i]).symlink_to(files[i].resolve())
-        _write_csv(new/'groups.csv', files, root, groups, near, places)
+        _write_table(new/'groups.csv', files, root, groups, near, places)
         if out.exists(): out.rmdir()
         new.rename(out)
     return groups

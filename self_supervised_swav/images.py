@@ -50,14 +50,14 @@ def csv_name(
 def write_csv(
     path, # File to write, whole or not at all
     header, # Names of the columns
-    rows # Rows; text in them is written as by `csv_name`, numbers as they are
+    rows # Rows; text in them, and in the header, is written as by `csv_name`, numbers as they are
 ):
     "Write a CSV file in UTF-8 that is safe to open in a spreadsheet"
-    def cell(o): return csv_name(o) if isinstance(o, (str,Path)) else o
+    def cells(row): return [csv_name(o) if isinstance(o, (str,Path)) else o for o in row]
     with atomic_path(path) as p, open(p, 'w', newline='', encoding='utf-8') as f:
         out = csv.writer(f, lineterminator='\n')
-        out.writerow(header)
-        out.writerows([cell(o) for o in row] for row in rows)
+        out.writerow(cells(header))
+        out.writerows(map(cells, rows))
 
 # %% ../nbs/14_images.ipynb #93e287cf
 _extensions = image_extensions | {'.npy'}

@@ -11,7 +11,7 @@ from self_supervised_swav.grouping import directions, group_images
 from self_supervised_swav.knn import nearest_neighbors
 
 evil = ['<img src=x onerror=alert(1)>.png', '"\'><svg onload=alert(2)>.png', '<!--<script>alert(3).png',
-        'javascript:alert(4).png', '#a?b%41 c.png', 'new\nline.png']
+        'javascript:alert(4).png', '#a?b%41 c.png', 'new\nline.png', '=1+1.png']
 n_images = 60
 
 def color(i): return 4*i, 255-4*i, 37*i%256
@@ -45,6 +45,8 @@ def test_numbers_of_the_page(place):
     np.testing.assert_allclose(numbers(d['distance'], '<u2')/32767, groups.distances[at], atol=.5/32767+1e-6)
     for g in range(3):                                                     # in a group the typical ones come first
         assert [i for i in at if groups.groups[i]==g]==groups.members(g).tolist()
+    cells = {names[at[int(i)]]: cell for i,cell in d['cells'].items()}       # what goes into a table, where it differs
+    assert cells=={'new\nline.png': 'new\\u000aline.png', '=1+1.png': '\\u003d1+1.png'}
     z = directions(x)[at]
     sims,idxs = nearest_neighbors(z, z, 12, own=torch.arange(n_images))
     assert numbers(d['near'], '<u2').tolist()==idxs.flatten().tolist()
@@ -264,7 +266,7 @@ def synthetic(fn, px):
 @pytest.mark.parametrize('n,most', [(300,3e6), (20_000,60e6)])
 def test_first_picture_within_three_seconds(tmp_path, monkeypatch, n, most):
     from self_supervised_swav import explore
-    monkeypatch.setattr(explore, '_thumbnail', synthetic)
+    monkeypatch.setattr(explore, 'thumbnail', synthetic)
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(40, 64, generator=gen)[torch.arange(n)%40]+.7*torch.randn(n, 64, generator=gen)
     path = explore_page(x, [tmp_path/f'{i}.jpg' for i in range(n)], tmp_path/'map.html', projection='pca')
