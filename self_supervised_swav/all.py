@@ -40,6 +40,7 @@ from .embed import *
 from .grouping import *
 from .explore import *
 from .select import *
+from .label import *
 from .finetune import *
 
 # The modules hold more names, for those who build on them: `from self_supervised_swav.drawings import draw_image`

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['loggers', 'export_formats', 'option', 'check_arg', 'check_least', 'check_device', 'int_or_auto', 'MachineArgs',
            'ImageArgs', 'PretrainArgs', 'EvaluateArgs', 'label_part', 'EmbedArgs', 'ReplayArgs', 'GroupArgs',
-           'SortArgs', 'ExploreArgs', 'SelectArgs', 'FinetuneArgs', 'PredictArgs', 'ExportArgs', 'versions']
+           'SortArgs', 'ExploreArgs', 'SelectArgs', 'LabelArgs', 'FinetuneArgs', 'PredictArgs', 'ExportArgs',
+           'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
 import platform
@@ -265,6 +266,38 @@ class SelectArgs(ImageArgs):
         check_arg('method', self.method, lambda o: o in ('typical','coverage','random'),
                   "'typical', 'coverage' or 'random'")
         check_arg('out', self.out, lambda o: str(o).endswith('.csv'), 'a file that ends in .csv')
+
+# %% ../nbs/17_args.ipynb #a17c0002
+@dataclass
+class LabelArgs(ImageArgs):
+    "Write a page on which a person labels the images of a folder that should be labeled first"
+    run:str # Folder of a run, or the file of its encoder
+    folder:str # Folder of images, searched recursively
+    n:int = option(50, short='n', flag='number', metavar='N') # Images to label, at most 5,000
+    # How they are chosen: typical images of different groups, images that cover the others, or random ones: typical,
+    # coverage, random
+    method:str = option('typical', metavar='NAME')
+    # Instead of a choice: the first images of this file, which has a column file, such as predictions.csv of
+    # swav predict, where the least certain come first
+    files:str = option(metavar='FILE')
+    # Labels that exist already, a file with the columns file and class: the page goes on from there
+    labels:str = option(metavar='FILE')
+    classes:list = option((), nargs='+', metavar='NAME', type=str) # Classes, for the keys 1 to 9; a page takes more
+    neighbors:int = option(12, metavar='N') # Similar images beside each image
+    title:str = option(metavar='TEXT') # Title of the page (default: the name of the folder)
+    seed:int = option(42, metavar='N') # Seed of the choice
+    out:str = option('label.html', short='o', metavar='FILE') # File to write
+
+    def check(self):
+        super().check()
+        check_least('n', self.n, 1)
+        check_arg('n', self.n, lambda o: o<=5000, 'at most 5,000')
+        check_least('neighbors', self.neighbors, 0)
+        check_arg('method', self.method, lambda o: o in ('typical','coverage','random'),
+                  "'typical', 'coverage' or 'random'")
+        check_arg('out', self.out, lambda o: str(o).endswith(('.html','.htm')), 'a file that ends in .html')
+        self.classes = list(dict.fromkeys(o.strip() for o in self.classes))
+        check_arg('classes', self.classes, all, 'names that are not empty')
 
 # %% ../nbs/17_args.ipynb #a17c0003
 @dataclass

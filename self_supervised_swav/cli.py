@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 'exit_codes', 'command', 'pretrain', 'evaluate',
-           'embed', 'replay', 'sort', 'explore', 'select', 'finetune', 'predict', 'export', 'create_parser', 'main',
-           'swav_pretrain', 'swav_evaluate', 'swav_embed']
+           'embed', 'replay', 'sort', 'explore', 'select', 'label', 'finetune', 'predict', 'export', 'create_parser',
+           'main', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
 
 # %% ../nbs/49_cli.ipynb #7e5919ff
 import argparse, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from .args import (EmbedArgs, EvaluateArgs, ExploreArgs, ExportArgs, FinetuneArgs, PredictArgs,
-                                       PretrainArgs, ReplayArgs, SelectArgs, SortArgs, versions)
+from .args import (EmbedArgs, EvaluateArgs, ExploreArgs, ExportArgs, FinetuneArgs, LabelArgs,
+                                       PredictArgs, PretrainArgs, ReplayArgs, SelectArgs, SortArgs, versions)
 
 # %% ../nbs/49_cli.ipynb #a28b3f62
 def flag_of(
@@ -179,7 +179,16 @@ def explore(args):
 def select(args):
     "`swav select`"
     from self_supervised_swav.select import select_images
-    print(f'Wrote the names of {len(select_images(args)):,} images to {args.out}')
+    print(f'Wrote the names of {len(select_images(args)):,} images to {args.out}; next: fill in its column class, or '
+          'let a page ask for it: ' + shlex.join(['swav', 'label', args.run, args.folder, '--files', args.out]))
+
+# %% ../nbs/49_cli.ipynb #c1150002
+@command(LabelArgs)
+def label(args):
+    "`swav label`"
+    from self_supervised_swav.label import finetune_command, label_images
+    print(f'Wrote {args.out}: {len(label_images(args)):,} images to label. Open it in a browser; it gives labels.csv. '
+          f'Next: {finetune_command(args)}')
 
 # %% ../nbs/49_cli.ipynb #c1150003
 @command(FinetuneArgs)
@@ -213,6 +222,7 @@ _epilog = """examples:
   swav evaluate runs/photos labeled     labeled/ holds one folder per class
   swav evaluate runs/old runs/new labeled   is the new run better?
   swav embed runs/photos more_photos -o features.npy
+  swav label runs/photos photos         a page to label images on; then swav finetune, swav predict
 
 swav COMMAND --help describes a command and its options.
 Exit codes: 0 done; 2 not possible, stderr says why; 130 stopped by Ctrl-C, 143 by SIGTERM."""

@@ -533,7 +533,11 @@ class PretrainRun:
     def _next_steps(self):
         "For the end of the report: what for, and the command"
         out,encoder = shlex.quote(str(self.out)),str(self.out/'encoder.safetensors')
+        folder = 'FOLDER' if self.images.files is None else shlex.quote(str(self.images.source))
         return [
+            ('Look through the images: a map, groups, near-duplicates:', f'swav explore {out} {folder} -o map.html'),
+            ('A classifier: label a few images on a page, and give the table that comes from it to finetune:',
+             f'swav label {out} {folder} -n 50 -o label.html\nswav finetune {out} labels.csv --folder {folder}'),
             ('Measure what the features know about labels, on images in one folder per class:',
              f'swav evaluate {out} LABELED_FOLDER'),
             ('Features of all images in a folder, a row for each:', f'swav embed {out} FOLDER -o features.npy'),
