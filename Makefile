@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 SETUP  := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu test-machines test-oldest test-newest bench bench-quick bench-quality bench-methods check lab readme clean
+.PHONY: help demo docs test test-slow test-gpu test-machines test-oldest test-newest bench bench-quick bench-quality bench-methods check lab readme clean
 
 help:                                 ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +23,10 @@ $(VENV)/.installed-dev: $(SETUP) | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-docs: $(SETUP) | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	touch $@ $(VENV)/.installed
+
 demo: $(VENV)/.installed              ## pretrain a small ResNet on handwritten digits and measure it
 	rm -rf runs/demo
 	$(BIN)/swav pretrain digits --out runs/demo --epochs 40 --valid-pct 0.3
@@ -31,7 +35,7 @@ demo: $(VENV)/.installed              ## pretrain a small ResNet on handwritten 
 test: $(VENV)/.installed-dev          ## everything that must hold before a change lands
 	$(BIN)/python tools/test.py
 
-test-slow: $(VENV)/.installed-dev     ## the tests marked slow
+test-slow: $(VENV)/.installed-dev $(VENV)/.installed-docs  ## the tests marked slow
 	$(BIN)/python -m pytest -q -m slow tests
 
 test-gpu: $(VENV)/.installed-dev      ## the tests that need a GPU, where there is one
@@ -64,9 +68,12 @@ check: $(VENV)/.installed-dev         ## are the package and README what the not
 readme: $(VENV)/.installed-dev        ## compile the notebooks: package and README
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
 
+docs: $(VENV)/.installed-docs         ## the documentation, as pages in _site/
+	$(BIN)/python tools/docs.py
+
 lab: $(VENV)/.installed-dev           ## notebooks in the browser
 	$(BIN)/python -m pip install -q jupyterlab
 	$(BIN)/jupyter lab nbs
 
 clean:                                ## everything that these commands made
-	rm -rf $(VENV) .venv-oldest .venv-newest runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf _site $(VENV) .venv-oldest .venv-newest runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

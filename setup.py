@@ -14,7 +14,8 @@ setup(name=cfg['lib_name'], version=literal_eval(version_line.split('=')[1].stri
       packages=[cfg['lib_name']], include_package_data=True,
       author=cfg['author'], license=cfg['license'], keywords=cfg['keywords'].split(),
       python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
-      extras_require={'export': cfg['export_requirements'].split(), 'test': cfg['test_requirements'].split(), 'dev': (cfg['test_requirements']+' '+cfg['dev_requirements']).split()},
+      extras_require={'export': cfg['export_requirements'].split(), 'test': cfg['test_requirements'].split(),
+                      'docs': cfg['docs_requirements'].split(), 'dev': (cfg['test_requirements']+' '+cfg['dev_requirements']).split()},
       entry_points={'console_scripts': cfg['console_scripts'].split()},
       long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       # the Pythons on which the tests have run
