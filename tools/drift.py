@@ -12,7 +12,7 @@ def is_made(path):
 
 def tracked(top):
     "The files under `top` that the notebooks make, and the notebooks"
-    found = [p for d in ('nbs', 'self_supervised_swav', 'docs')
+    found = [p for d in ('nbs', 'self_supervised_swav', 'docs/images')
              for p in (top/d).rglob('*') if p.suffix in ('.py', '.ipynb', '.png')]
     found = [p.relative_to(top) for p in [*found, top/'README.md']]
     return {p for p in found if not any(o in ('__pycache__', 'models', 'runs') or o[0] == '.' for o in p.parts)}
