@@ -6,7 +6,7 @@
 __all__ = ['loggers', 'export_formats', 'option', 'check_arg', 'check_least', 'check_device', 'int_or_auto', 'MachineArgs',
            'ImageArgs', 'PretrainArgs', 'EvaluateArgs', 'label_part', 'EmbedArgs', 'ReplayArgs', 'GroupArgs',
            'SortArgs', 'ExploreArgs', 'SelectArgs', 'LabelArgs', 'FinetuneArgs', 'PredictArgs', 'ExportArgs',
-           'versions']
+           'DoctorArgs', 'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
 import platform
@@ -357,6 +357,14 @@ class ExportArgs:
         if self.format not in _programs and (self.size or self.normalize):
             name,value = ('size',self.size) if self.size else ('normalize',True)
             raise ValueError(f"{name}={value} is for {' and '.join(_programs)}, got format={self.format}")
+
+# %% ../nbs/17_args.ipynb #d0c70002
+@dataclass
+class DoctorArgs:
+    "Print versions, processor and what is fast here, and try a training step"
+    device:str = option(metavar='NAME') # Device, such as cpu or cuda:1 (default: the GPU if there is one)
+
+    def __post_init__(self): check_device(self.device)
 
 # %% ../nbs/17_args.ipynb #743d7ff4
 def versions(

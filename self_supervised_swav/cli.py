@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 'exit_codes', 'command', 'pretrain', 'evaluate',
-           'embed', 'replay', 'sort', 'explore', 'select', 'label', 'finetune', 'predict', 'export', 'create_parser',
-           'main', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
+           'embed', 'replay', 'sort', 'explore', 'select', 'label', 'finetune', 'predict', 'export', 'doctor',
+           'create_parser', 'main', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
 
 # %% ../nbs/49_cli.ipynb #7e5919ff
 import argparse, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from .args import (EmbedArgs, EvaluateArgs, ExploreArgs, ExportArgs, FinetuneArgs, LabelArgs,
-                                       PredictArgs, PretrainArgs, ReplayArgs, SelectArgs, SortArgs, versions)
+from .args import (DoctorArgs, EmbedArgs, EvaluateArgs, ExploreArgs, ExportArgs, FinetuneArgs,
+                                       LabelArgs, PredictArgs, PretrainArgs, ReplayArgs, SelectArgs, SortArgs, versions)
 
 # %% ../nbs/49_cli.ipynb #a28b3f62
 def flag_of(
@@ -212,6 +212,16 @@ def export(args):
     "`swav export`"
     from self_supervised_swav.export import export_encoder
     print(f'Wrote {export_encoder(args.run, args.out, args.format, args.size, args.normalize)}')
+
+# %% ../nbs/49_cli.ipynb #d0c70003
+@command(DoctorArgs)
+def doctor(args):
+    "`swav doctor`"
+    known = versions()
+    for name,text in known.items(): print(f'{name:22}{text}', flush=True)  # before anything can fail
+    from self_supervised_swav.doctor import examine
+    for name,text in examine(args.device):
+        if name not in known: print(f'{name:22}{text}', flush=True)
 
 # %% ../nbs/49_cli.ipynb #68583a1b
 _description = "Pretrain an image encoder without labels (SwAV), measure it, and use it."
