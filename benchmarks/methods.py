@@ -49,7 +49,10 @@ def new_encoder(s, seed):
 
 # --- the arms: a method, and what differs from its recipe -------------------------------------------------------------
 def two_crops(r): return dict(num_crops=(2,), **{k: r['augs'][k][:1] for k in ('crop_sizes','min_scales','max_scales')})
-def swav_crops(r): return {k: r['augs'][k] for k in ('num_crops','crop_sizes','min_scales','max_scales')}
+def swav_crops(r):
+    "Multi-crop, at sizes below 24 px too, where the recipe has large crops alone"
+    return dict(num_crops=(2,4), **{k: r['augs'][k] for k in ('crop_sizes','min_scales','max_scales')})
+def hard_codes(r): return swav_crops(r) | dict(hard=True)
 
 def own_recipe(method, s, bs, n):
     return method_named(method).recipe(n_images=n, bs=bs, image_size=s['size'])
@@ -61,7 +64,7 @@ def differences(arm, s, bs, n):
     given = change(base) if callable(change) else change
     return method,given | (dict(flip_p=0.) if s['data']=='digits' else {})
 
-arms = {'SwAV': ('swav',{}), 'SwAV, two crops': ('swav',two_crops), 'SwAV, hard codes': ('swav',dict(hard=True)),
+arms = {'SwAV': ('swav',swav_crops), 'SwAV, two crops': ('swav',two_crops), 'SwAV, hard codes': ('swav',hard_codes),
         'SimCLR': ('simclr',{}), 'SimCLR, multi-crop': ('simclr',swav_crops), 'MoCo v2': ('mocov2',{}),
         'DeepCluster-v2': ('deepclusterv2',{}), 'lightly SimCLR': ('simclr',None), 'lightly MoCo v2': ('mocov2',None)}
 # what a step does; the formulas below it are held to their definitions by tests

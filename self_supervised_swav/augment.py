@@ -153,7 +153,7 @@ def get_multi_aug_pipelines(
 
 # %% ../nbs/12_augment.ipynb #4148436e
 def get_swav_aug_pipelines(
-    num_crops:tuple=(2,6), # How many crops of each size
+    num_crops:tuple=(2,6), # How many crops of each size; 0 leaves a size but the first out
     crop_sizes:tuple=(224,96), # Their height and width
     min_scales:tuple=(.25,.05), # Their smallest area, as a share of the image's
     max_scales:tuple=(1.,.14), # Their largest area
@@ -169,11 +169,13 @@ def get_swav_aug_pipelines(
         raise ValueError(f"resize_scale must be given as min_scales and max_scales, got {kwargs['resize_scale']}")
     for i,(n,size,lo,hi) in enumerate(zip(*args.values())):
         for k,v in (('num_crops',n),('crop_sizes',size)):
-            _check(f'{k}[{i}]', v, isinstance(v, Integral) and not isinstance(v, bool) and v>0, 'a positive integer')
+            least = 0 if k=='num_crops' and i>0 else 1  # 0 small crops: that size is left out
+            _check(f'{k}[{i}]', v, isinstance(v, Integral) and not isinstance(v, bool) and v>=least,
+                   'a positive integer' if least else 'a whole number, at least 0')
         _check(f'min_scales[{i}]', lo, _is_real(lo) and 0<lo<=1, 'above 0 and at most 1')
         _check(f'max_scales[{i}]', hi, _is_real(hi) and 0<hi<=1, 'above 0 and at most 1')
         _check(f'min_scales[{i}]', lo, lo<=hi, f'at most max_scales[{i}]={hi}')
-    return [p for n,size,*scale in zip(*args.values())
+    return [p for n,size,*scale in zip(*args.values()) if n>0
             for p in get_multi_aug_pipelines(n, size, resize_scale=tuple(scale), **kwargs)]
 
 # %% ../nbs/12_augment.ipynb #54b4c4d9

@@ -310,6 +310,16 @@ def test_many_images_do_not_mix(photos):
             # weights that sum to 1, over the taps of two axes and of two axes' blur
             assert torch.allclose(y, x[...,:1,:1].expand_as(y), rtol=0, atol=rounding(torch.float32, 4*24))
 
+def test_no_small_crops(photos):
+    "0 leaves a size out, and what is left is as without it"
+    kw = dict(crop_sizes=(32,16), min_scales=(.5,.1), max_scales=(1.,.3))
+    none,only = get_swav_aug_pipelines((2,0), **kw),get_swav_aug_pipelines((2,), **{k: v[:1] for k,v in kw.items()})
+    set_seed(0); a = MultiCrop(none).cut(photos)
+    set_seed(0); b = MultiCrop(only).cut(photos)
+    assert len(a)==len(b)==2 and all(torch.equal(o,p) for o,p in zip(a,b))
+    with pytest.raises(ValueError, match=r'num_crops\[1\] must be a whole number, at least 0, got -1'):
+        get_swav_aug_pipelines((2,-1), **kw)
+
 # -- kornia's containers
 
 def test_containers(photos):

@@ -52,7 +52,7 @@ def test_without_overrides_everything_is_the_recipes():
     assert {k: getattr(learn.swav, k) for k in r['swav']}==r['swav']
     assert learn.model.prototypes.weight.shape==(r['model']['n_protos'], 128)
     assert learn.model.projector[0].out_features==r['model']['hidden_size']
-    assert [p.fs[0].aug.flags['size'] for p in learn.swav.aug_pipelines]==[16]*2 + [10]*4
+    assert [p.fs[0].aug.flags['size'] for p in learn.swav.aug_pipelines]==[16]*2  # below 24 px
     assert learn.lr==r['fit']['lr'] and hasattr(learn, 'collapse_monitor') and isinstance(learn.loss_func, object)
     learn.create_opt()
     assert learn.opt.hypers[0]['wd']==r['opt']['wd'] and learn.opt.hypers[0]['lr']==learn.lr
