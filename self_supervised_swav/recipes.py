@@ -306,8 +306,8 @@ def swav_recipe(
     batch = bs*world_size
     if 5000<=n_images<100_000 and 24<=_shorter_side(image_size)<64: _put_measured(r, _shorter_side(image_size), batch)
     if _shorter_side(image_size)<24:
-        r.put('augs', 'num_crops', (2,0), f'two large crops alone: a part of an image of {_shorter_side(image_size)} px '
-                                          'shows too little, and takes half of the time')
+        why = f'two large crops alone: a part of an image of {_shorter_side(image_size)} px shows too little'
+        r.put('augs', 'num_crops', (2,0), f'{why}, and takes half of the time')
     longest_queue = min(15*batch, round_down((n_images-1)//4, batch))
     if n_protos is None:
         wanted,why = _wanted_protos(n_images, n_classes)
