@@ -36,6 +36,7 @@ from .runs import *
 from .compare import *
 from .published import *
 from .export import *
+from .card import *
 from .embed import *
 from .grouping import *
 from .explore import *

@@ -347,6 +347,9 @@ class ExportArgs:
     # Height and width of images, for onnx and torch.export (default: as trained)
     size:int = option(metavar='PX')
     normalize:bool = False # Put the normalization inside, for onnx and torch.export
+    # Write also a model card in Markdown, with data, recipe and figures: README.md for the Hugging Face hub
+    card:str = option(metavar='FILE')
+    license:str = option('unknown', metavar='NAME') # License of the weights, for the card
 
     def __post_init__(self):
         check_arg('format', self.format, lambda o: o in export_formats, f"one of {', '.join(export_formats)}")

@@ -11,6 +11,7 @@ __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 
 import argparse, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from .args import (DoctorArgs, EmbedArgs, EvaluateArgs, ExploreArgs, ExportArgs, FinetuneArgs,
                                        LabelArgs, PredictArgs, PretrainArgs, ReplayArgs, SelectArgs, SortArgs, versions)
 
@@ -210,8 +211,14 @@ def predict(args):
 @command(ExportArgs)
 def export(args):
     "`swav export`"
+    from self_supervised_swav.card import check_new_card, model_card, write_card
     from self_supervised_swav.export import export_encoder
+    about = dict(license=args.license, file=Path(args.out).name, format=args.format, normalize=args.normalize)
+    if args.card: # what is wrong with it is said before the work
+        check_new_card(args.card)
+        model_card(args.run, **about)
     print(f'Wrote {export_encoder(args.run, args.out, args.format, args.size, args.normalize)}')
+    if args.card: print(f'Wrote {write_card(args.run, args.card, **about)}')
 
 # %% ../nbs/49_cli.ipynb #d0c70003
 @command(DoctorArgs)

@@ -11,7 +11,7 @@ import difflib, inspect, re, sys
 from contextlib import contextmanager
 from enum import Enum
 
-import timm, torchvision
+import timm, torch, torchvision
 from fastai.vision.learner import create_body
 from fastai.vision.models import xresnet
 from timm.layers import PatchEmbed, SelectAdaptivePool2d
@@ -49,8 +49,19 @@ def _small_stem(model, arch):
             model.set_submodule(name, nn.Identity())
     return model
 
-# attention over a grid of positions that follows from the stem, or branches that do
-_fixed_grids = re.compile(r'(levit|efficientformer|coatnet|coatnext|hrnet)')
+def _check_small(encoder, arch, n_in):
+    "Raise unless `encoder` takes images of 28 and 32 px; leaves it as it was"
+    like = next(encoder.parameters())
+    if like.is_meta: return # a plan, which computes nothing
+    modes = {m: m.training for m in encoder.modules()}
+    for size in (32,28):
+        try:
+            with torch.no_grad(): encoder.eval()(like.new_zeros(1, n_in, size, size))
+        except Exception as e: # each network refuses in its own way
+            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise ValueError(f"small_images=True does not exist for {arch!r}: its later layers are built for the "
+                             f"resolution that its own stem gives (images of {size} px: {why})") from e
+    for m,mode in modes.items(): m.training = mode
 
 def _unstride(conv):
     "Give a strided `conv` stride 1, and a fresh 3x3 kernel in place of an even or larger one"
@@ -100,11 +111,9 @@ def create_timm_encoder(
     args = dict(in_chans=n_in, num_classes=0, global_pool=_pool_name(pool_type), **kwargs)
     model = _timm_model(arch, pretrained, **args)
     if small_images:
-        if _fixed_grids.match(arch):
-            raise ValueError(f"small_images=True does not exist for {arch!r}: its later layers are built for the "
-                             "resolution that its own stem gives")
         patches = getattr(model, 'patch_embed', None)
-        if not isinstance(patches, PatchEmbed) or patches.strict_img_size: _small_stem(model, arch)
+        if not isinstance(patches, PatchEmbed) or patches.strict_img_size:
+            _check_small(_small_stem(model, arch), arch, n_in)
         else: model = _timm_model(arch, pretrained, **{**_small_patches(patches), **args})
     return _remember(model, 'timm', arch, n_in=n_in, pool_type=_pool_name(pool_type), small_images=small_images,
                      **kwargs)
@@ -163,6 +172,7 @@ def create_fastai_encoder(
     except StopIteration:
         raise ValueError(f"arch={name!r} has no pooling to cut at; take timm's model of that family by name") from None
     encoder = nn.Sequential(body, SelectAdaptivePool2d(pool_type=pool_name, flatten=True))
+    if small_images: _check_small(encoder, name, n_in)
     return _remember(encoder, 'fastai', name, n_in=n_in, pool_type=pool_name, small_images=small_images, **kwargs)
 
 def _cut(model):

@@ -65,6 +65,14 @@ def _sort_settings(method, settings):
     return {g: {n:v for n,v in settings.items() if n in names} for g,names in groups.items()}
 
 # %% ../nbs/31_learner.ipynb #a776b7a1
+def _refusal(encoder, size, n_in):
+    "What `encoder` says against images of `size`; empty if it takes them"
+    like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        with in_eval(encoder): encoder(like.new_zeros(1, n_in, size, size))
+    except Exception as e: return (str(e).strip() or type(e).__name__).splitlines()[0] # each says it in its own way
+    return ''
+
 def _stride_at(encoder, size, n_in):
     "The stride of `encoder` for images of `size`; None if it does not take them"
     strides = {}
@@ -73,13 +81,10 @@ def _stride_at(encoder, size, n_in):
     kinds = nn.Conv2d,nn.MaxPool2d,nn.AvgPool2d
     strided = [m for m in encoder.modules() if isinstance(m, kinds) and m.stride not in (1,(1,1))]
     hooks = [m.register_forward_hook(note_stride) for m in strided]
-    like = next((p for p in encoder.parameters() if p.is_floating_point()), torch.empty(0))
-    try:
-        with in_eval(encoder): encoder(like.new_zeros(1, n_in, size, size))
-    except Exception: return None  # every encoder rejects a size in its own way
+    try: refused = _refusal(encoder, size, n_in)
     finally:
         for h in hooks: h.remove()
-    return math.prod(strides.values())
+    return None if refused else math.prod(strides.values())
 
 def _fit_crops(recipe, encoder, n_in, given):
     "Replace sizes that `encoder` does not take by close ones that it does, unless they are `given`; returns its stride"
@@ -93,8 +98,10 @@ def _fit_crops(recipe, encoder, n_in, given):
         recipe.put('augs', 'crop_sizes', fit, f'the nearest to {tuple(sizes)} that the encoder takes')
         sizes,strides = fit,[_stride_at(encoder, s, n_in) for s in fit]
     if None in strides:
-        raise ValueError(f"crop_sizes must be sizes that the encoder takes, got {sizes[strides.index(None)]}"
-                         + ('' if given else ' from the recipe: pass crop_sizes'))
+        size = sizes[strides.index(None)]
+        raise ValueError(f"crop_sizes must be sizes that the encoder takes, got {size}"
+                         + ('' if given else ' from the recipe: pass crop_sizes')
+                         + f" (it says: {_refusal(encoder, size, n_in)})")
     return max(strides)
 
 # %% ../nbs/31_learner.ipynb #30547d41

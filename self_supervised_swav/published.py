@@ -6,7 +6,7 @@
 __all__ = ['official', 'Accounted', 'load_swav_checkpoint', 'Official', 'load_official']
 
 # %% ../nbs/45_published.ipynb #a5690ce7
-import hashlib, warnings
+import hashlib, re, warnings
 from collections import namedtuple
 from pathlib import Path
 import torch
@@ -26,6 +26,7 @@ def _our_name(name):
     "The name in this package's models of a published tensor"
     is_moco = 'encoder_q.' in name
     while begin := next((o for o in _beginnings if name.startswith(o)), None): name = name.removeprefix(begin)
+    if m := re.fullmatch(r'heads\.(\d+)\.clf\.0\.(\w+)', name): return f'projector.{2*int(m[1])}.{m[2]}'
     if name.startswith('heads.'): name = name.split('.', 2)[-1]
     if name.startswith('encoder_k.') or name in ('queue','queue_ptr'): return None
     first,_,rest = name.partition('.')
@@ -114,6 +115,8 @@ def load_swav_checkpoint(
     "The model in a published checkpoint, on a timm encoder"
     raw = checkpoint_tensors(path)
     names = {k: _our_name(k) for k in raw}
+    if not any(k.endswith('heads.1.clf.0.weight') for k in raw): # one head of VISSL is a classifier
+        names = {k: None if '.clf.' in k else nm for k,nm in names.items()}
     parts = {o: {} for o in ('encoder','projector','prototypes')}
     for k,nm in names.items():
         if nm: parts[nm.split('.')[0]][nm.partition('.')[2]] = raw[k]

@@ -546,8 +546,10 @@ class PretrainRun:
 
     def _write_settings(self):
         args = {k: v for k,v in asdict(self.args).items() if k not in _not_saved}
-        write_json(dict(args=args, recipe=dict(self.learn.recipe), versions=versions(), started=time.strftime('%F %T')),
-                   self.out/'settings.json')
+        dls = self.learn.dls
+        images = dict(n_train=len(dls.train_ds), n_valid=len(dls.valid_ds))
+        write_json(dict(args=args, images=images, recipe=dict(self.learn.recipe), versions=versions(),
+                        started=time.strftime('%F %T')), self.out/'settings.json')
 
     @property
     def is_finished(self):

@@ -8,6 +8,7 @@ from self_supervised_swav.checkpoints import load_encoder, save_encoder
 from self_supervised_swav.deepcluster import DeepClusterModel
 from self_supervised_swav.models import SwAVModel
 from self_supervised_swav.moco import MoCoModel
+from self_supervised_swav.simclr import SimCLRModel
 from self_supervised_swav.published import load_official, load_swav_checkpoint, official
 import self_supervised_swav.published as published
 
@@ -121,6 +122,52 @@ def test_moco(tmp_path):
     z,keys = model.eval()(x)
     torch.testing.assert_close(z, F.normalize(q.eval()(x), dim=1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(keys, z)
+
+def moco(version):
+    "The network of MoCo as its code writes it, and its file: version 1 has one linear layer, version 2 two"
+    q = ResNet(Bottleneck, (1,1,1,1))
+    linear = nn.Linear(2048, 128)
+    q.fc = linear if version==1 else nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), linear)
+    state = {f'module.encoder_{o}.{k}': v for o in 'qk' for k,v in q.state_dict().items()} | {
+        'module.queue': torch.zeros(128, 64), 'module.queue_ptr': torch.zeros(1, dtype=torch.long)}
+    return q,dict(epoch=200, arch='resnet50', state_dict=state)
+
+def simclr():
+    "SimCLR as VISSL writes it: a trunk, and two heads in a row"
+    q = ResNet(Bottleneck, (1,1,1,1))
+    trunk = {f'_feature_blocks.{k}': v for k,v in q.state_dict().items() if not k.startswith('fc.')}
+    q.fc = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 128))
+    heads = {f'{i}.clf.0.{k}': v for i,o in enumerate((q.fc[0],q.fc[2])) for k,v in o.state_dict().items()}
+    return q,dict(phase_idx=799, classy_state_dict=dict(base_model=dict(model=dict(trunk=trunk, heads=heads))))
+
+@pytest.mark.parametrize('name,made,kind', [
+    ('moco_v1_200ep', lambda: moco(1), MoCoModel), ('moco_v2_800ep', lambda: moco(2), MoCoModel),
+    ('simclr_800ep', simclr, SimCLRModel)])
+def test_official_of_other_methods(tmp_path, monkeypatch, name, made, kind):
+    "The ResNet-50 of MoCo and SimCLR with their projectors: equal embeddings, in train mode too, and no tensor is lost"
+    q,state = made()
+    for o in q.modules(): # batch norm that does something
+        if isinstance(o, nn.BatchNorm2d): o.running_mean.normal_(0, .1), o.running_var.uniform_(.5, 2)
+    pretend(monkeypatch, state, name, md5=None)
+    model = load_official(name, tmp_path)
+    assert type(model) is kind and model.loaded.missing==model.loaded.other_shape==[]
+    others = len(q.state_dict())+2 if kind is MoCoModel else 0 # the momentum encoder, the queue and its pointer
+    assert len(model.loaded.unexpected)==others
+    x = torch.randn(4, 3, 64, 64)
+    for mode in (False,True):
+        q.train(mode), model.train(mode)
+        with torch.no_grad(): want,got = F.normalize(q(x), dim=1),model(x)
+        torch.testing.assert_close(got[0] if isinstance(got, tuple) else got, want, atol=1e-5, rtol=1e-5)
+
+def test_classifier_of_vissl(tmp_path):
+    "One head is a classifier, and no projector"
+    _,state = simclr()
+    heads = state['classy_state_dict']['base_model']['model']['heads']
+    for k in list(heads):
+        if k.startswith('1.'): del heads[k]
+    torch.save(state, tmp_path/'c.pth')
+    e = load_swav_checkpoint(tmp_path/'c.pth')
+    assert e.settings['arch']=='resnet50' and e.loaded.unexpected==['heads.0.clf.0.weight','heads.0.clf.0.bias']
 
 def test_encoder_only_and_table(tmp_path):
     m = Written()
