@@ -1,6 +1,6 @@
 """The documentation: what the converter makes of directives and docments, and what stands in the pages that `make docs`
 builds: links, descriptions, alternative texts, nothing left over"""
-import os, re, subprocess, sys
+import ast, dataclasses, inspect, os, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -128,6 +128,39 @@ def test_reference_has_every_public_name():
     assert names==everything.__all__
     where,said = docs.own_names(docs.sources())
     assert not [n for n in names if n not in where or not said[n]]
+
+written = sorted((root/'docs').glob('*.md'))
+
+@pytest.mark.parametrize('path', written, ids=lambda p: p.stem)
+def test_python_on_hand_written_pages(path):
+    "It parses, and the public names in it take the arguments that it gives"
+    blocks = re.findall(r'^```python\n(.*?)^```$', path.read_text(encoding='utf-8'), re.M|re.S)
+    for node in [o for b in blocks for o in ast.walk(ast.parse(b)) if isinstance(o, ast.Call)]:
+        name = getattr(node.func, 'id', None)
+        if name not in everything.__all__: continue
+        known = inspect.signature(getattr(everything, name)).parameters
+        assert {o.arg for o in node.keywords} <= known.keys(), ast.unparse(node)
+    assert blocks or path.stem=='coming-from'
+
+def test_our_names_beside_those_of_others():
+    "Each argument in a right column of `Coming from` is one that a public name or a command has"
+    from self_supervised_swav import args
+    text = (root/'docs'/'coming-from.md').read_text(encoding='utf-8')
+    fit = everything.Learner.fit_warmup_cos
+    known = {p for n in everything.__all__ if callable(f := getattr(everything, n))
+             and not (isinstance(f, type) and issubclass(f, BaseException))
+             for p in (n, *inspect.signature(f).parameters)}
+    known |= {*inspect.signature(fit).parameters, 'fit_warmup_cos','to_fp16','to_bf16','sync_bn'}
+    options = {f.name.replace('_', '-') for f in dataclasses.fields(args.PretrainArgs)} | {'set'}
+    rows = re.findall(r'^\| .* \| (.*) \|$', text, re.M)
+    ours = [o for r in rows if not re.match(r'-|`?swav', r) for o in re.findall(r'`([^`]+)`', r)]
+    assert len(ours)>60
+    for o in ours:
+        if o.startswith('--'): assert o.split()[0][2:] in options, o
+        elif m := re.match(r'(?:[A-Za-z]+\.)*([A-Za-z_]\w*)(?:\((.*)\))?$', o):
+            if m[1] in ('swav','show','distrib_ctx','resnet50w2','Learner'): continue
+            assert m[1] in known, o
+            for a in re.findall(r'([a-z]\w*)(?==|,|$)', m[2] or ''): assert a in known, (o, a)
 
 # --- the pages -------------------------------------------------------------------------------------------------------
 class Reader(HTMLParser):
