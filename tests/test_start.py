@@ -1,17 +1,25 @@
 "What an encoder starts from, and whether it became better than that: several encoders beside each other."
 import json, re
 import pytest, torch
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from fastai.torch_core import trainable_params
 from fastai.vision.augment import Normalize
+from fastai.vision.core import imagenet_stats
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from helpers import digits, small_encoder, small_learner
-from self_supervised_swav import compare
-from self_supervised_swav.checkpoints import save_encoder
+from helpers import digits, seed_all, small_encoder, small_learner
+from self_supervised_swav import compare, runs
+from self_supervised_swav.checkpoints import encoder_settings, load_encoder, save_encoder
 from self_supervised_swav.compare import AsTrained, compare_encoders, evaluate_run, mean_ci, percent, points
 from self_supervised_swav.data import digits_dls
+from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import extract_features, few_label_idxs, knn_accuracy, linear_probe
+from self_supervised_swav.learner import pretrain_learner
+from self_supervised_swav.multiview import methods
+from self_supervised_swav.optimizer import encoder_split, lars
+from self_supervised_swav.recipes import swav_recipe
 from self_supervised_swav.whitening import Whitening
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -132,7 +140,7 @@ def test_images_refused():
 
 # --- swav evaluate A B C FOLDER ---------------------------------------------------------------------------------------
 @pytest.fixture
-def runs(tmp_path):
+def three(tmp_path):
     "Two runs and a file: gray of 16 px, color of 12 px with statistics, and a copy"
     for name,n_in,more in (('old',1,dict(size=16)), ('new',3,dict(size=12, stats=[[.5]*3,[.5]*3])),
                            ('third',1,dict(size=16))):
@@ -142,42 +150,42 @@ def runs(tmp_path):
     (tmp_path/'third'/'encoder.safetensors').rename(tmp_path/'copy.safetensors')
     return tmp_path
 
-def test_command(runs, command):
-    args = runs/'old',runs/'new',runs/'copy.safetensors','digits','--labels',4,'--seeds',3,'--epochs',0,'-o',
-    code,said,err = command('evaluate', *args, runs/'all.json', '--device', 'cpu')
+def test_command(three, command):
+    args = three/'old',three/'new',three/'copy.safetensors','digits','--labels',4,'--seeds',3,'--epochs',0,'-o',
+    code,said,err = command('evaluate', *args, three/'all.json', '--device', 'cpu')
     assert code==0, err
-    res = json.loads((runs/'all.json').read_text())
-    assert res['encoders']==['old','new','copy'] and f'Wrote {runs}/all.json' in said
+    res = json.loads((three/'all.json').read_text())
+    assert res['encoders']==['old','new','copy'] and f'Wrote {three}/all.json' in said
     assert res['accuracy']['k-NN, old']==res['accuracy']['k-NN, copy']!=res['accuracy']['k-NN, new']
     assert {'k-NN, untrained, like old and copy','k-NN, untrained, like new','k-NN whitened, raw pixels'}<=set(
         res['accuracy'])
     assert '| points more than old |' in said and 'new beside old: of 3 differences' in said
-    assert not (runs/'old'/'evaluation.json').exists()
+    assert not (three/'old'/'evaluation.json').exists()
     # each alone gives the same
-    alone = evaluate_run(runs/'new', 'digits', labels=['4'], seeds=3, epochs=0, device='cpu')
+    alone = evaluate_run(three/'new', 'digits', labels=['4'], seeds=3, epochs=0, device='cpu')
     assert alone['accuracy']['k-NN, pretrained encoder']==res['accuracy']['k-NN, new']
-    assert (runs/'new'/'evaluation.json').exists() and not alone.gains
+    assert (three/'new'/'evaluation.json').exists() and not alone.gains
 
-def test_one_run_with_options_between(runs, command):
-    code,said,err = command('evaluate', runs/'old', '--labels', 2, '--seeds', 1, '--epochs', 0, 'digits')
+def test_one_run_with_options_between(three, command):
+    code,said,err = command('evaluate', three/'old', '--labels', 2, '--seeds', 1, '--epochs', 0, 'digits')
     assert code==0 and 'linear probe, pretrained encoder' in said, err
 
 @pytest.mark.parametrize('args,match', [
     (['old','old','digits'], 'run must be different runs'), (['old','none','digits'], 'no encoder at'),
     (['old','new','nowhere'], 'source must be a folder'), (['old','digits','-o','x.csv'], '--out must be a file that')])
-def test_command_refused(runs, command, args, match, monkeypatch):
-    monkeypatch.chdir(runs)
+def test_command_refused(three, command, args, match, monkeypatch):
+    monkeypatch.chdir(three)
     code,said,err = command('evaluate', *args)
     assert code==2 and match in err and 'Traceback' not in err
-    assert not list(runs.glob('*.json'))
+    assert not list(three.glob('*.json'))
 
-def test_same_names_and_other_splits(runs, monkeypatch):
+def test_same_names_and_other_splits(three, monkeypatch):
     "Runs of the same name are told apart; one that held out other images has seen some of these"
-    (runs/'b'/'old').mkdir(parents=True)
-    save_encoder(small_encoder(), runs/'b'/'old'/'encoder.safetensors', size=16)
-    monkeypatch.chdir(runs)
+    (three/'b'/'old').mkdir(parents=True)
+    save_encoder(small_encoder(), three/'b'/'old'/'encoder.safetensors', size=16)
+    monkeypatch.chdir(three)
     for folder,seed in (('old',42),('b/old',7)):
-        (runs/folder/'settings.json').write_text(json.dumps(dict(args=dict(source='digits', seed=seed, valid_pct=.3,
+        (three/folder/'settings.json').write_text(json.dumps(dict(args=dict(source='digits', seed=seed, valid_pct=.3,
                                                                            n_images=None))))
     with pytest.warns(UserWarning, match='not held out in the pretraining of b/old:'):
         res = evaluate_run(['old','b/old'], 'digits', labels=['2'], seeds=1, epochs=0, device='cpu')
@@ -185,3 +193,185 @@ def test_same_names_and_other_splits(runs, monkeypatch):
     dls = digits_dls(16, valid_pct=.3, seed=42, device='cpu')
     assert res['accuracy']['largest class']['all']==[dls.valid_ds.y.bincount().max().item()/539]
     assert compare.Evaluation(res).gains==res.gains
+
+# --- trained weights to go on from ------------------------------------------------------------------------------------
+tiny = dict(layers=(1,1,1,1), channels=(8,8,16,16))
+head = dict(hidden_size=16, projection_size=8, n_protos=20, bf16=False)
+
+def learner(dls, arch, method='swav', fit=None, **kwargs):
+    learn = pretrain_learner(dls, arch, method, **{k: v for k,v in head.items() if method=='swav' or k!='n_protos'},
+                             **kwargs)
+    learn.remove_cb(learn.progress).logger = lambda *_: None
+    return learn
+
+@pytest.fixture
+def published(monkeypatch):
+    "A stand-in for timm's download: every weight is .01, and the number of downloads"
+    loaded = []
+    def load(model, *args, **kwargs):
+        loaded.append(type(model).__name__)
+        with torch.no_grad():
+            for p in model.parameters(): p.fill_(.01)
+    monkeypatch.setattr('timm.models._builder.load_pretrained', load)
+    return loaded
+
+@pytest.fixture
+def old(tmp_path):
+    "A run's file: an encoder of 16 px and one channel, with statistics"
+    seed_all(5)
+    encoder = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, **tiny)
+    (tmp_path/'old').mkdir()
+    save_encoder(encoder, tmp_path/'old'/'encoder.safetensors', stats=[[.3],[.25]], size=16)
+    return tmp_path/'old'
+
+@pytest.mark.parametrize('n_in,stats', [(3,list(map(list, imagenet_stats))),
+                                        (1,[[sum(o)/3] for o in imagenet_stats])])
+def test_published_weights(n_in, stats, published, capsys):
+    "Weights, their statistics and sizes, a slower encoder; the line says so"
+    learn = learner(digits(60, n_in=n_in), 'resnet18', pretrained=True, encoder=tiny)
+    assert 'images of 224 px, mean ' in capsys.readouterr().out and published==['ResNet']
+    r = learn.recipe
+    assert all((p==.01).all() for p in learn.model.encoder.parameters())
+    assert r['augs']['crop_sizes']==(96,60) and r['encoder']['small_images'] is False
+    assert torch.tensor(r['augs']['stats']).allclose(torch.tensor(stats))
+    assert r.reasons['augs.stats']=='what the weights know'
+    assert 'zero_init_last' not in r['encoder']
+    crops = learn.swav.cut(torch.zeros(2,n_in,16,16))
+    for c,(m,s) in enumerate(zip(*stats)): torch.testing.assert_close(crops[0][:,c].mean(), torch.tensor(-m/s))
+    same = learner(digits(60, n_in=n_in), 'resnet18', init='timm', encoder=tiny)
+    assert same.recipe==r
+
+@pytest.mark.parametrize('method', list(methods))
+def test_every_method_goes_on(method, old, capsys):
+    "The file's weights, two groups with a tenth of the rate, and an encoder that waits"
+    weights = load_encoder(old/'encoder.safetensors')
+    class Note(Callback):
+        run_valid,seen = False,[]
+        def after_batch(self): self.seen.append(self.learn.model.encoder.conv1.weight.detach().clone())
+    note = Note()
+    note.seen = []
+    learn = learner(digits(100), None, method, init=old, cbs=note, freeze_encoder_pct=.5)
+    assert f'{old}/encoder.safetensors: ' in capsys.readouterr().out
+    for k,v in weights.state_dict().items(): assert torch.equal(learn.model.encoder.state_dict()[k], v), k
+    r = learn.recipe
+    assert r['encoder']['channels']==(8,8,16,16) and r['encoder']['pretrained'] is False
+    assert r['augs']['stats']==([.3],[.25]) and r['start']==dict(encoder_lr_mult=.1, freeze_encoder_pct=.5)
+    assert max(r['augs']['crop_sizes'])<=16  # the file's own size: nothing is enlarged
+    learn.fit_one_cycle(2)
+    n = len(note.seen)//2
+    assert all(torch.equal(o, weights.conv1.weight) for o in note.seen[:n])
+    assert not torch.equal(note.seen[n], weights.conv1.weight)
+    lrs = [h['lr'] for h in learn.opt.hypers]
+    assert len(lrs)==2 and lrs[0]==pytest.approx(lrs[1]/10)
+    ours = {id(p) for p in learn.model.encoder.parameters()}
+    groups = [list(o) for o in encoder_split(learn.model)]
+    assert {id(p) for p in groups[0]}==ours and len(groups[0])+len(groups[1])==len(trainable_params(learn.model))
+
+def test_head_alone_is_the_same_as_an_encoder_without_gradients():
+    def trained(needs_grad, **kwargs):
+        seed_all()
+        learn = learner(digits(60), small_encoder().requires_grad_(needs_grad), init=True, **kwargs)
+        learn.fit(1)
+        return learn.model.state_dict()
+    a,b = trained(True, freeze_encoder_pct=1.),trained(False, freeze_encoder_pct=0.)
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=0)
+
+def test_rates_that_are_given(old):
+    "A rate scales both groups; a slice, a splitter and a ratio of one are taken as they are"
+    def rate(**kwargs): return learner(digits(60), None, init=old, **kwargs).lr
+    assert rate(lr=.02)==slice(.002,.02) and rate(lr=.02, encoder_lr_mult=.5)==slice(.01,.02)
+    assert rate(lr=slice(1e-5,1e-3))==slice(1e-5,1e-3) and rate(lr=.02, encoder_lr_mult=1.)==.02
+    assert rate(lr=.02, splitter=trainable_params)==.02
+    assert rate(opt_func=lars, lr=4.)==slice(.4,4.)
+
+def test_recipes_that_are_given(old, published):
+    "A recipe is followed as it is, with the weights and their statistics"
+    r = swav_recipe(48, 16, 16, n_protos=20, pretrained=True)
+    learn = learner(digits(60, n_in=3), 'resnet18', recipe=r, encoder=tiny)
+    assert learn.recipe['start']==r['start'] and learn.recipe['augs']['crop_sizes']==r['augs']['crop_sizes']
+    assert learn.recipe.reasons['augs.stats']=='what the weights know'
+    r['augs']['stats'] = None
+    assert learner(digits(60, n_in=3), 'resnet18', recipe=r, encoder=tiny).recipe['augs']['stats'] is None
+    plain = learner(digits(60), None, recipe=swav_recipe(48, 16, 16), init=old)
+    assert 'start' not in plain.recipe.keys() or not plain.recipe['start']
+    assert plain.recipe['augs']['stats']==([.3],[.25])
+
+def test_other_checkpoints(tmp_path, capsys):
+    "Names below a prefix, with a classifier that is left; a part is an error"
+    encoder = small_encoder()
+    state = {f'module.{k}': v for k,v in encoder.state_dict().items()}
+    torch.save(dict(state_dict=state | {'module.fc.weight': torch.zeros(2,16)}), tmp_path/'a.pth')
+    learn = learner(digits(60), 'resnet18', init=tmp_path/'a.pth', encoder=tiny, small_images=True)
+    n = len(encoder.state_dict())
+    assert f'a.pth: {n} tensors taken, none missing, 1 left' in capsys.readouterr().out
+    for k,v in encoder.state_dict().items(): assert torch.equal(learn.model.encoder.state_dict()[k], v), k
+    torch.save({k: v for k,v in state.items() if 'layer4' not in k}, tmp_path/'b.pth')
+    with pytest.raises(ValueError, match=r"b.pth does not fit 'resnet18': \d+ tensors are missing .* layer4"):
+        learner(digits(60), 'resnet18', init=tmp_path/'b.pth', encoder=tiny, small_images=True)
+    with pytest.raises(ValueError, match='arch must be given'): learner(digits(60), None, init=tmp_path/'a.pth')
+
+@pytest.mark.parametrize('kwargs,match', [
+    (dict(arch='resnet34'), "arch must be 'resnet18' as in .*or None, got 'resnet34'"),
+    (dict(encoder=dict(layers=(2,2,2,2))), r'has layers=\(1, 1, 1, 1\), got layers=\(2, 2, 2, 2\)'),
+    (dict(n_in=3), 'images must have 1 channels, as the encoder in .*, got 3'),
+    (dict(init='no/such'), "init must be 'timm', a run, or a file of weights"), (dict(init=True), 'arch must be given'),
+    (dict(init=None, arch='resnet18', freeze_encoder_pct=.1), 'freeze_encoder_pct is for trained weights'),
+    (dict(arch=small_encoder()), 'init must be True for an encoder that is there'),
+    (dict(encoder_lr_mult=2.), 'encoder_lr_mult must be more than 0 and at most 1, got 2'),
+    (dict(encoder_lr_mult=0.), 'encoder_lr_mult must be more than 0 and at most 1, got 0'),
+    (dict(freeze_encoder_pct=-1.), 'freeze_encoder_pct must be between 0 and 1, got -1')])
+def test_starts_refused(kwargs, match, old):
+    n_in,kwargs = kwargs.get('n_in', 1),{k: v for k,v in (dict(init=old)|kwargs).items() if k!='n_in'}
+    with pytest.raises((ValueError,FileNotFoundError), match=match):
+        learner(digits(60, n_in=n_in), kwargs.pop('arch', None), **kwargs)
+
+def test_published_encoders_are_compared_as_they_were_trained(published):
+    "Statistics and size of published weights are in the encoder's settings, and in its file"
+    encoder = create_encoder('resnet18', n_in=1, **tiny)
+    assert encoder.settings['size']==224 and encoder.settings['stats'][0]==[pytest.approx(sum(imagenet_stats[0])/3)]
+    assert 'size' not in create_encoder('resnet18', small_images=True, **tiny).settings
+    assert 'stats' not in create_encoder('resnet18', pretrained=False, **tiny).settings
+
+small = ['--set','encoder.channels=8,8,16,16','hidden_size=16','n_protos=16','num_crops=2,1','bf16=False']
+
+def test_init_of_the_command(tmp_path, command, old):
+    "From a file to a run: architecture, weights, statistics; stopped and resumed without the file"
+    args = 'digits','--init',old,'--epochs',2,'--every',5,'--device','cpu',*small[:1],*small[2:]
+    assert command('pretrain', *args, '--out', tmp_path/'whole')[0]==0
+    saved = json.loads((tmp_path/'whole'/'settings.json').read_text())
+    assert saved['args']['arch']=='resnet18' and saved['recipe']['encoder']['channels']==[8,8,16,16]
+    stats = encoder_settings(tmp_path/'whole'/'encoder.safetensors')['stats']
+    torch.testing.assert_close(torch.tensor(stats), torch.tensor([[.3],[.25]]))
+    class Stop(runs.EpochHistory):
+        order,name = runs.EpochHistory.order,'epoch_history'
+        def before_backward(self):
+            if self.train_iter==30: self.learn.resume_training.stop()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(runs, 'EpochHistory', Stop)
+        code,said,_ = command('pretrain', *args, '--out', tmp_path/'cut')
+    assert code!=0 and 'tensors taken, none missing' in said
+    (old/'encoder.safetensors').unlink()
+    code,said,err = command('pretrain', 'digits', '--out', tmp_path/'cut', '--resume')
+    assert code==0, err
+    a,b = (load_encoder(tmp_path/o/'encoder.safetensors').state_dict() for o in ('whole','cut'))
+    for k in a: assert torch.equal(a[k], b[k]), k
+
+def test_timm_of_the_command(tmp_path, command, published):
+    "No preset of a small network, the weights' size in the file, and no download when resumed"
+    args = 'digits','--init','timm','--arch','test_resnet','--epochs',1,'--size',16,'--bs',256,'--device','cpu'
+    settings = 'crop_sizes=(32,16)','num_crops=2,1','hidden_size=16','n_protos=16','bf16=False'
+    code,said,err = command('pretrain', *args, '--out', tmp_path/'run', '--set', *settings)
+    assert code==0 and 'trained weights: images of ' in said, err
+    assert encoder_settings(tmp_path/'run'/'encoder.safetensors')['size']==32
+    n = len(published)
+    assert command('pretrain', 'digits', '--out', tmp_path/'run', '--resume', '--extend', 1)[0]==0
+    assert len(published)==n
+
+def test_init_of_the_command_refused(tmp_path, command, old):
+    for args,match in ((['--arch','resnet34'],"arch must be 'resnet18'"),
+                       (['--n-in','3'],'images must have 1 channels'),
+                       (['--set','encoder.layers=2,2,2,2'],'has layers=(1, 1, 1, 1)')):
+        code,_,err = command('pretrain', 'digits', '--init', old, '--out', tmp_path/'run', *args)
+        assert code==2 and match in err and not (tmp_path/'run').exists()
+    code,_,err = command('pretrain', 'digits', '--init', tmp_path/'none', '--out', tmp_path/'run')
+    assert code==2 and "init must be 'timm', a run, or a file" in err

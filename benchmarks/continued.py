@@ -1,0 +1,146 @@
+"""Does it pay to go on from the weights of other images? Pretrained on Fashion-MNIST, continued on handwritten digits,
+beside a start from random weights that takes as many steps, which cost the same. Three seeds, one thread.
+Every piece that is done stays in `runs/continued` and is not done again: stop it when you like, and start it again.
+`--quick` in seconds, `--write` keeps the table in README.md."""
+import argparse, contextlib, io, math, statistics, time, warnings
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+from fastai.torch_core import set_seed
+
+from harness import line, machine, write_between
+from quality import few_probe, features, fmt, piece, quiet, version
+from self_supervised_swav.checkpoints import load_encoder, save_encoder
+from self_supervised_swav.data import digits_dls, fashion_mnist_dls
+from self_supervised_swav.encoders import create_encoder
+from self_supervised_swav.evaluate import NoValidation, few_label_splits, knn_accuracy, linear_probe
+from self_supervised_swav.learner import pretrain_learner
+
+here = Path(__file__).resolve().parent
+full = dict(n_source=5_000, source_epochs=4, size=20, valid_pct=.3, epochs=(3,10), channels=(8,16,32,64), labels=10,
+            bs=64)
+quick = dict(full, n_source=200, source_epochs=1, valid_pct=.8, epochs=(1,), channels=(4,8,8,16), labels=4)
+arch = dict(layers=(1,1,1,1), zero_init_last=False, small_images=True)
+# what each start gives to the learner; from random weights where it is None
+arms = {'from scratch': None, 'continued': {},
+        'continued, one rate, not frozen': dict(freeze_encoder_pct=0., encoder_lr_mult=1.)}
+
+def get_dls(s, seed):
+    set_seed(seed)  # the order of the batches, too
+    return digits_dls(size=s['size'], bs=s['bs'], valid_pct=s['valid_pct'], seed=seed, device='cpu')
+
+def new_encoder(s, seed):
+    set_seed(seed)
+    return create_encoder('resnet18', n_in=1, pretrained=False, channels=s['channels'], **arch)
+
+def fit(dls, encoder, epochs, **kwargs):
+    "Pretrain; CPU seconds of the training alone"
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter('ignore')
+        learn = quiet(pretrain_learner(dls, encoder, bf16=False, cbs=NoValidation(), **kwargs))
+    start = time.process_time()
+    learn.fit_one_cycle(epochs)
+    return learn,time.process_time()-start
+
+def judged(s, seed, encoder):
+    "What labels say about the features of the digits"
+    fs = features(get_dls(s, seed), encoder)
+    few = features(few_label_splits(get_dls(s, seed), n_per_class=s['labels'], seed=seed), encoder)
+    return dict(knn=knn_accuracy(*fs), probe=linear_probe(*fs).top1, few=few_probe(*few, seed))
+
+made = version(get_dls, new_encoder, fit)
+
+def key_of(s, seed, **more): return dict({k: v for k,v in s.items() if k!='epochs'}, seed=seed, arch=arch, version=made,
+                                         torch=torch.__version__, **more)
+
+def source_file(out, seed): return out/f'source-{seed}.safetensors'
+
+def source(out, s, seed, todo=True):
+    "The encoder of Fashion-MNIST in its file, and what it knows of digits as it is"
+    def f():
+        set_seed(seed)
+        dls = fashion_mnist_dls(n_train=s['n_source'], n_valid=100, bs=s['bs'], labeled=False, seed=seed, device='cpu')
+        learn,cpu = fit(dls, new_encoder(s, seed), s['source_epochs'])
+        save_encoder(learn, source_file(out, seed), size=28)
+        return dict(cpu=cpu, **judged(s, seed, load_encoder(source_file(out, seed))))
+    key = key_of(s, seed)
+    return piece(out, f'source-{seed}', key, f if todo else None)
+
+def untrained(out, s, seed, todo=True):
+    def f(): return judged(s, seed, new_encoder(s, seed))
+    return piece(out, f'untrained-{seed}', key_of(s, seed), f if todo else None)
+
+def target(out, arm, epochs, s, seed, todo=True):
+    "A pretraining on digits"
+    def f():
+        dls,given = get_dls(s, seed),arms[arm]
+        encoder = new_encoder(s, seed) if given is None else load_encoder(source_file(out, seed)).train()
+        set_seed(seed)
+        learn,cpu = fit(dls, encoder, epochs, flip_p=0., **({} if given is None else dict(init=True)|given))
+        return dict(cpu=cpu, **judged(s, seed, learn.model.encoder))
+    return piece(out, f'{arm}-{epochs}-{seed}', key_of(s, seed, arm=arm, given=arms[arm], target_epochs=epochs),
+                 f if todo else None)
+
+# --- the table --------------------------------------------------------------------------------------------------------
+signs = ('knn','probe','few')
+
+def found(f, seeds): return {i: r for i in range(seeds) if (r := f(i, todo=False))}
+
+def report(out, s, seeds):
+    "Accuracies, and beside each what it gains over the start from scratch that took as many steps"
+    rows = []
+    def add(name, epochs, rs, than=None):
+        if not rs: return
+        cells = []
+        for k in signs:
+            gains = [100*(r[k]-than[i][k]) for i,r in rs.items() if i in than] if than else []
+            more = f' ({statistics.mean(gains):+.1f}, {sum(o>0 for o in gains)} of {len(gains)})' if gains else ''
+            cells.append(fmt([r[k] for r in rs.values()])+more)
+        cpu = f"{statistics.median(r['cpu'] for r in rs.values()):.0f} s" if 'cpu' in next(iter(rs.values())) else ''
+        rows.append([name,str(epochs),*cells,cpu,str(len(rs))])
+    add('untrained encoder', 0, found(partial(untrained, out, s), seeds))
+    before = found(partial(source, out, s), seeds)
+    add('Fashion-MNIST, not continued', 0, {i: {k: r[k] for k in signs} for i,r in before.items()})
+    for epochs in s['epochs']:
+        scratch = found(partial(target, out, 'from scratch', epochs, s), seeds)
+        for arm in arms:
+            add(arm, epochs, found(partial(target, out, arm, epochs, s), seeds),
+                None if arm=='from scratch' else scratch)
+    names = ['start','epochs','20-NN','linear probe',f"{s['labels']} labels a class: probe",'CPU time','seeds']
+    text = '\n'.join([line(names), line(['---']*len(names)), *map(line, rows)])
+    if not before: return text
+    cpu = statistics.median(r['cpu'] for r in before.values())
+    return (f"{text}\n\nIn brackets: points more than from scratch with as many epochs, and in how many seeds it is "
+            f"more. The pretraining on Fashion-MNIST took {cpu:.0f} s, which are not in the table.")
+
+begin,end = '<!-- continued: written by `python benchmarks/continued.py --write` -->','<!-- continued: end -->'
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
+    p.add_argument('--out', type=Path, default=here.parent/'runs'/'continued')
+    p.add_argument('--quick', action='store_true', help='a tiny network: does it run?')
+    p.add_argument('--table', action='store_true', help='only print what is done')
+    p.add_argument('--write', action='store_true', help='keep the table in benchmarks/README.md')
+    args = p.parse_args(argv)
+    if args.write and args.quick: p.error('--write keeps full runs alone')
+    s,start = quick if args.quick else full,time.time()
+    out = args.out/('quick' if args.quick else 'full')
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # CPU times of one thread compare on a machine that does other things
+    todo = [partial(f, out, s, i) for i in range(args.seeds) for f in (untrained,source)]
+    todo += [partial(target, out, arm, epochs, s, i) for i in range(args.seeds) for epochs in s['epochs']
+             for arm in arms]
+    for f in [] if args.table else todo:
+        if time.time()-start>60*args.minutes: break
+        f()
+    text = report(out, s, args.seeds)
+    print(text)
+    if args.write: write_between(here/'README.md', begin, end, f"{date.today()}\n\n" +
+                                 '\n'.join(f'- {o}' for o in machine('cpu')) + f'\n\n{text}')
+    return text
+
+if __name__=='__main__': main()
