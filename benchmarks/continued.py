@@ -1,5 +1,5 @@
 """Does it pay to go on from the weights of other images? Pretrained on Fashion-MNIST, continued on handwritten digits,
-beside a start from random weights that takes as many steps, which cost the same. Three splits of the digits, one thread.
+beside a start from random weights that takes as many steps, which cost the same. Three splits, one thread.
 Every piece that is done stays in `runs/continued` and is not done again: stop it when you like, and start it again.
 `--quick` in seconds, `--write` keeps the table in README.md."""
 import argparse, contextlib, io, math, statistics, time, warnings

@@ -89,6 +89,9 @@ class PretrainArgs(ImageArgs):
     # and fashion-mnist)
     arch:str = option(metavar='NAME')
     method:str = option('swav', metavar='NAME') # Method: swav, or another one that the package has, such as simclr
+    # Go on from trained weights: the folder of a run, the file of an encoder or other weights, or timm for those
+    # published for the architecture (default: random weights)
+    init:str = option(metavar='FILE|timm')
     size:int = option(metavar='PX') # Size of the images (default: their own, at most 320)
     n_in:int = option(metavar='N') # Channels of the images: 3 for color, 1 for gray (default: as the images)
     # Values that become black and white in images of more than 8 bits, such as 0 4095 (default: those of 16 bits)

@@ -235,6 +235,7 @@ _description = "Pretrain an image encoder without labels (SwAV), measure it, and
 _epilog = """examples:
   swav pretrain photos --epochs 100     writes runs/photos: encoder, checkpoint, history, report
   swav pretrain photos --resume         after Ctrl-C or a crash
+  swav pretrain photos --init runs/old  go on from the weights of another run, or of timm
   swav pretrain photos --resume --extend 50   50 epochs more, after the last
   swav evaluate runs/photos labeled     labeled/ holds one folder per class
   swav evaluate runs/old runs/new labeled   is the new run better?

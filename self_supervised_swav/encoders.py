@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 import timm, torch, torchvision
+from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import create_body
 from fastai.vision.models import xresnet
 from timm.layers import PatchEmbed, SelectAdaptivePool2d
@@ -92,10 +93,17 @@ def _unknown(arch, names):
 def _check_n_in(n_in):
     if not isinstance(n_in, int) or n_in < 1: raise ValueError(f"n_in must be a positive whole number, got {n_in!r}")
 
-def _remember(encoder, library, arch, **args):
-    "Note how `encoder` was made, which a saved one needs"
-    encoder.settings = dict(library=library, arch=arch, args=args)
+def _remember(encoder, library, arch, known, **args):
+    "Note how `encoder` was made, which a saved one needs, and what its weights know"
+    encoder.settings = dict(library=library, arch=arch, args=args) | known
     return encoder
+
+def _known_images(cfg, n_in, small_images):
+    "What images published weights were trained on, from timm's notes: statistics of the channels, and px"
+    if not cfg.get('mean'): return {}
+    stats = [list(cfg[o]) for o in ('mean','std')]
+    if n_in!=len(stats[0]): stats = [[sum(o)/len(o)]*n_in for o in stats]  # timm adds up the weights of the colors
+    return dict(stats=stats) | ({} if small_images else dict(size=min(cfg['input_size'][-2:])))
 
 def create_timm_encoder(
     arch:str, # Name of a timm model, current or legacy
@@ -115,7 +123,8 @@ def create_timm_encoder(
         if not isinstance(patches, PatchEmbed) or patches.strict_img_size:
             _check_small(_small_stem(model, arch), arch, n_in)
         else: model = _timm_model(arch, pretrained, **{**_small_patches(patches), **args})
-    return _remember(model, 'timm', arch, n_in=n_in, pool_type=_pool_name(pool_type), small_images=small_images,
+    known = _known_images(model.pretrained_cfg or {}, n_in, small_images) if pretrained else {}
+    return _remember(model, 'timm', arch, known, n_in=n_in, pool_type=_pool_name(pool_type), small_images=small_images,
                      **kwargs)
 
 @contextmanager
@@ -173,7 +182,9 @@ def create_fastai_encoder(
         raise ValueError(f"arch={name!r} has no pooling to cut at; take timm's model of that family by name") from None
     encoder = nn.Sequential(body, SelectAdaptivePool2d(pool_type=pool_name, flatten=True))
     if small_images: _check_small(encoder, name, n_in)
-    return _remember(encoder, 'fastai', name, n_in=n_in, pool_type=pool_name, small_images=small_images, **kwargs)
+    known = dict(mean=imagenet_stats[0], std=imagenet_stats[1], input_size=(3,224,224)) if pretrained else {}
+    return _remember(encoder, 'fastai', name, _known_images(known, n_in, small_images), n_in=n_in, pool_type=pool_name,
+                     small_images=small_images, **kwargs)
 
 def _cut(model):
     "Where the head of a torchvision model begins; None leaves fastai its rule, the last child that pools"

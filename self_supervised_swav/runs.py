@@ -9,9 +9,9 @@ __all__ = ['parse_settings', 'epoch_record', 'EpochHistory', 'SaveEncoder', 'hou
            'find_encoder', 'replay_batch']
 
 # %% ../nbs/37_runs.ipynb #388a603e
-import ast, json, math, os, re, shlex, signal, sys, threading, time, warnings
+import ast, io, json, math, os, re, shlex, signal, sys, threading, time, warnings
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +26,7 @@ from .checkpoints import save_encoder
 from .data import random_split, subset, write_bad_files, tensor_dls
 from .evaluate import KNNMetric, extract_features
 from .files import atomic_path, check_writable, has_state, read_state, write_json, write_state
-from .learner import check_settings, pretrain_learner
+from .learner import check_settings, pretrain_learner, start_of
 from .multiview import MultiView, method_of
 from . import report  # noqa: F401  it patches Learner
 from .recipes import Recipe
@@ -379,6 +379,7 @@ class PretrainRun:
     ):
         if not isinstance(args, PretrainArgs): args = PretrainArgs(str(args), out, **kwargs)
         if args.source not in ImageSource.own: args = replace(args, source=str(Path(args.source).resolve()))
+        if args.init not in (None,'timm'): args = replace(args, init=str(Path(args.init).resolve()))
         self.out = Path(args.out or Path('runs')/Path(args.source).name)
         check_out(self.out, args.resume)
         self.extends = args.extend
@@ -389,6 +390,9 @@ class PretrainRun:
         if args.resume:  # other versions may recommend something else
             path = self.out/'settings.json'
             self.recipe = saved_recipe(json.loads(path.read_text(encoding='utf-8')), path)
+            if self.recipe['encoder'].get('pretrained'):
+                self.recipe.put('encoder', 'pretrained', False, 'the weights are those of last.pth')
+        elif self.args.init: self.args = self._with_start()
         self._check_settings()
         set_seed(self.args.seed)  # before the DataLoaders, which draw the seed of their order
         self.images = ImageSource(self.args.source, self.args.valid_pct, self.args.seed, self.args.n_images,
@@ -410,7 +414,17 @@ class PretrainRun:
         encoder,given = parse_settings(a.settings)
         with self._in_settings_words():
             check_settings(a.arch or 'resnet18', a.method, encoder, image_size=a.size,
-                           bs=64 if a.bs=='auto' else a.bs, n_in=a.n_in, **given)
+                           bs=64 if a.bs=='auto' else a.bs, n_in=a.n_in, init=self._init, **given)
+
+    def _with_start(self):
+        "The arguments, with what the weights know: architecture, channels"
+        a = self.args
+        start = start_of(a.init, a.arch or ('resnet18' if a.init=='timm' else None), parse_settings(a.settings)[0])
+        n_in = None if a.source in ImageSource.own else start.args.get('n_in')
+        return replace(a, arch=start.arch, n_in=a.n_in or n_in)
+
+    @property
+    def _init(self): return None if self.args.resume else self.args.init
 
     @contextmanager
     def _in_settings_words(self):
@@ -476,8 +490,11 @@ class PretrainRun:
         dls = self._make_dls(images.files is None, a.bs)
         cbs = self._make_callbacks(dls) if trial_bs is None else []
         with self._in_settings_words():
-            learn = pretrain_learner(dls, a.arch or 'resnet18', a.method, encoder, cbs=cbs, recipe=self.recipe,
-                                     **flips | given)
+            with nullcontext() if trial_bs is None else redirect_stdout(io.StringIO()):
+                learn = pretrain_learner(dls, a.arch or 'resnet18', a.method, encoder, cbs=cbs, recipe=self.recipe,
+                                         init=self._init, **flips | given)
+        if learn.recipe.get('start') and trial_bs is None:
+            learn.save_encoder.more['size'] = max(self.size, *learn.recipe['augs']['crop_sizes'])
         learn.recipe.reasons |= dict.fromkeys(chosen, f'chosen for {a.source}')
         return learn
 
@@ -634,6 +651,7 @@ def replay_batch(
     if state is None: raise FileNotFoundError(f"no such file: {path}")
     if 'crops' not in state: raise ValueError(f"{path} is not a batch that a run has kept")
     recipe = _as_tuples(json.loads(state['recipe']))
+    recipe['encoder'] = recipe.get('encoder', {}) | dict(pretrained=False)  # the weights are in the file
     n_images = (recipe.get(state['method'], {}).get('K') or 0)+len(state['images'])+1  # the queue asks for so many
     blank = torch.zeros(n_images, state['images'].shape[1], 16, 16, dtype=torch.uint8)
     dls = tensor_dls(blank, bs=len(state['images']), valid_pct=0, device=device)
