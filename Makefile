@@ -27,10 +27,15 @@ $(VENV)/.installed-docs: $(SETUP) | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[docs]'
 	touch $@ $(VENV)/.installed
 
-demo: $(VENV)/.installed              ## pretrain a small ResNet on handwritten digits and measure it
+demo: $(VENV)/.installed              ## handwritten digits: pretrain, select 50, label, fine-tune, predict, measure
 	rm -rf runs/demo
-	$(BIN)/swav pretrain digits --out runs/demo --epochs 40 --valid-pct 0.3
-	$(BIN)/swav evaluate runs/demo digits --labels 10
+	$(BIN)/python tools/demo.py digits runs/demo
+	$(BIN)/swav pretrain runs/demo/photos --out runs/demo/run --epochs 40 --valid-pct 0.05 --set flip_p=0 'encoder.layers=(1,1,1,1)' 'encoder.channels=(16,32,64,128)'
+	$(BIN)/swav select runs/demo/run runs/demo/photos --number 50 --out runs/demo/selected.csv
+	$(BIN)/python tools/demo.py label runs/demo
+	$(BIN)/swav finetune runs/demo/run runs/demo/labels.csv --folder runs/demo/photos --out runs/demo/classifier
+	$(BIN)/swav predict runs/demo/classifier runs/demo/held_out --out runs/demo/predictions.csv
+	$(BIN)/python tools/demo.py score runs/demo
 
 test: $(VENV)/.installed-dev          ## everything that must hold before a change lands
 	$(BIN)/python tools/test.py
