@@ -3,7 +3,7 @@ all, on Fashion-MNIST and on clip art. One pretraining for each, without labels;
 random half of the pretraining images, and test images say how good a classifier the labels make. Every piece that is
 done stays in `runs/selection` and is not done again. `--quick` on digits in seconds, `--write` keeps the tables in
 README.md."""
-import argparse, hashlib, math, statistics, sys, time, warnings
+import argparse, hashlib, math, statistics, time, warnings
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,6 @@ from fastai.torch_core import set_seed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import t as student
-from torch import nn
 
 from harness import line, machine, write_between
 from quality import piece, quiet, tuned, version
@@ -21,6 +20,7 @@ from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import NoValidation, extract_features, largest_share, linear_probe
 from self_supervised_swav.learner import swav_learner
+from self_supervised_swav import select as _select
 from self_supervised_swav.select import select_to_label
 
 here = Path(__file__).resolve().parent
@@ -161,7 +161,6 @@ def tunings(out, data, s, method, draw, todo=True):
                version=version(chosen, tuned, pool_of, *parts[method]))
     return piece(out, f'{data}-{method}-{draw}-tuned', key, f if todo else None)
 
-from self_supervised_swav import select as _select
 parts = dict(typical=[_select._typical,_select._typicality,_select._cluster],
              coverage=[_select._coverage,_select._covering,_select._cluster], random=[])
 

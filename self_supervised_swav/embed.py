@@ -63,6 +63,10 @@ def _write_parquet(x, names, out):
     features = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
     with atomic_path(out) as p: pq.write_table(pa.table(dict(file=list(map(escape_name, names)), features=features)), p)
 
+def _write_table(x, names, out):
+    "Each number as the shortest text that reads back as the same float32"
+    write_csv(out, ['file',*(f'feature_{i}' for i in range(x.shape[1]))], ([o,*row] for o,row in zip(names, x)))
+
 def embed_images(
     args, # `EmbedArgs`, or only its `run`
     folder=None, # Folder of images, if `args` is the run
@@ -73,10 +77,11 @@ def embed_images(
     if not isinstance(args, EmbedArgs): args = EmbedArgs(args, folder, str(out), **kwargs)
     out,root = Path(args.out),Path(args.folder)
     if out.suffix=='.parquet' and not find_spec('pyarrow'):
-        raise ImportError("parquet needs pyarrow: pip install pyarrow, or write .npy")
+        raise ImportError("parquet needs pyarrow: pip install pyarrow, or write .npy or .csv")
     check_writable(out.parent)
     x,files = folder_features(args.run, root, args.bs, args.skip_bad, args.num_workers, args.device, args.whiten,
                               args.follow_links)
     names = [f.relative_to(root).as_posix() for f in files]
-    (_write_npy if out.suffix=='.npy' else _write_parquet)(x.numpy(), names, out)
+    write = {'.npy': _write_npy, '.csv': _write_table, '.parquet': _write_parquet}[out.suffix]
+    write(x.numpy(), names, out)
     return tuple(x.shape)

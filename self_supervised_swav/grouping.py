@@ -129,21 +129,22 @@ def group_images(
 # %% ../nbs/40_grouping.ipynb #9be24267
 def load_prototypes(
     run # Folder of a run of `swav pretrain`
-)->tuple: # Projector, a module in eval mode, and prototypes (k,d)
+)->tuple: # Projector, a module in eval mode, and prototypes (k,d): those of the first head, where there are several
     "What a run has learned above its encoder"
     path = Path(run)/'last.pth'
     if not has_state(path):
         raise FileNotFoundError(f"prototypes are in the last checkpoint of a run, and there is no {path}: group by "
                                 "kmeans or hdbscan")
     state = {k.replace('_orig_mod.', ''): v for k,v in read_state(path, set_aside=False)['model'].items()}
-    if 'prototypes.weight' not in state:
+    prototypes = state.get('prototypes.weight', state.get('heads.0.weight'))
+    if prototypes is None:
         raise ValueError(f"the method of {run} has no prototypes: group by kmeans or hdbscan")
     own = {k.removeprefix('projector.'): v for k,v in state.items() if k.startswith('projector.')}
     linear = [v.shape for k,v in own.items() if v.ndim==2]
     projector = create_mlp_module(linear[0][1], linear[0][0], linear[-1][0], nlayers=len(linear),
                                   bn=any(k.endswith('running_mean') for k in own))
     projector.load_state_dict(own)
-    return projector.float().eval(),state['prototypes.weight'].float()
+    return projector.float().eval(),prototypes.float()
 
 # %% ../nbs/40_grouping.ipynb #07ef8e20
 def group_folder(

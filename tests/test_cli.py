@@ -478,7 +478,7 @@ def test_embed(tmp_path, photos, command):
 def test_embed_refused(tmp_path, photos, command, monkeypatch):
     save_encoder(small_encoder(), tmp_path/'encoder.safetensors', size=16)
     monkeypatch.setattr(embed, 'find_spec', lambda _: None)
-    for out,match in (('f.csv','--out must be a file that ends in .npy or .parquet'),
+    for out,match in (('f.txt','--out must be a file that ends in .npy, .csv or .parquet'),
                       ('f.parquet','pip install pyarrow')):
         code,_,err = command('embed', tmp_path, photos, '-o', tmp_path/out)
         assert code==2 and match in err

@@ -2,11 +2,12 @@
 import csv, json
 import numpy as np, pytest, torch
 from fastai.learner import load_learner
+from hypothesis import given, strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from self_supervised_swav.checkpoints import load_encoder, save_encoder
-from self_supervised_swav.finetune import (_label_folds, finetune_labels, fit_temperature, labeled_files,
+from self_supervised_swav.finetune import (_label_folds, count_chosen, finetune_labels, fit_temperature, labeled_files,
                                            predict_images, wilson_interval)
 from self_supervised_swav.select import write_labels
 from helpers import small_encoder
@@ -66,7 +67,24 @@ def test_better_one_is_kept(photos, tmp_path):
     result = finetune(photos, tmp_path/'c', epochs=2)
     assert set(result.accuracies)=={'probe','finetune'}
     assert result.accuracies[result.kept]==max(result.accuracies.values())
+    # the accuracy that is told is that of the choice, which no part made for itself
+    told = json.loads((tmp_path/'c'/'classifier.json').read_text())
+    assert told['accuracy']==result.accuracy==result.chosen/45 and tuple(told['interval'])==result.interval()
+    assert 0<=result.chosen<=result.accuracies[result.kept]
+    assert f'The classifier: {result.accuracy:.1%}' in str(result)
     assert f"always {result.largest[0]!r}" in str(result) and result.largest[1]>=1/3
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=2, max_size=4))
+def test_no_part_chooses_for_itself(right):
+    "A part is counted with what is best without it, whatever its own answers; so the best of all is never surpassed"
+    ways = {str(i): v for i,v in enumerate(right)}
+    kept,n = count_chosen(ways)
+    assert n<=sum(ways[kept])==max(map(sum, right))
+    others = [[v[:i]+v[i+1:] for v in right] for i in range(3)]
+    best = [max(range(len(right)), key=lambda w: sum(o[w])) for o in others]
+    assert n==sum(right[w][i] for i,w in enumerate(best))
+    one = {'a': right[0]}
+    assert count_chosen(one)==('a',sum(right[0]))
 
 def test_groups_stay_together():
     "Images that were labeled together are never on both sides"

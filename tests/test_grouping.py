@@ -4,8 +4,9 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from helpers import small_encoder
-from self_supervised_swav.args import SortArgs
+from self_supervised_swav.args import ExploreArgs, SortArgs
 from self_supervised_swav.checkpoints import save_encoder
+from self_supervised_swav.deepcluster import create_deepcluster_model
 from self_supervised_swav.embed import folder_features
 from self_supervised_swav.files import write_state
 from self_supervised_swav.grouping import default_n_groups, directions, group_folder, group_images, sort_images
@@ -176,6 +177,20 @@ def test_prototypes_of_a_run(place, tmp_path):
     write_state(dict(model=model.encoder.state_dict()), tmp_path/'run'/'last.pth')
     with pytest.raises(ValueError, match='has no prototypes: group by kmeans or hdbscan'):
         sort_images(tmp_path/'run', root/'photos', tmp_path/'out', by='prototypes', **here)
+
+def test_first_of_several_heads(place, tmp_path):
+    "DeepCluster-v2 clusters several times: its groups are the first head's"
+    root,_,swav = place
+    torch.manual_seed(1)
+    model = create_deepcluster_model(swav.encoder, hidden_size=16, projection_size=8, n_protos=(5,7,5)).eval()
+    save_encoder(model.encoder, tmp_path/'run'/'encoder.safetensors', size=16)
+    write_state(dict(model=model.state_dict()), tmp_path/'run'/'last.pth')
+    _,files,groups = group_folder(SortArgs(str(tmp_path/'run'), str(root/'photos'), by='prototypes', **here))
+    features,_ = folder_features(tmp_path/'run', root/'photos', **here)
+    with torch.no_grad(): scores = model.heads[0](F.normalize(model.projector(features), dim=1))
+    assert torch.equal(groups.groups, scores.argmax(1)) and len(groups.centers)==5
+    other = ExploreArgs(str(tmp_path/'run'), str(root/'photos'), by='prototypes', **here)
+    assert torch.equal(group_folder(other)[2].groups, groups.groups)
 
 def test_command(place, tmp_path, command):
     root,names,_ = place

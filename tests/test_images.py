@@ -261,6 +261,12 @@ def test_from_five_channels_to_features(tmp_path):
     assert rows[0] == ['file', 'row'] and n == 13 == len(np.load(tmp_path/'features.npy'))
     assert sorted(unescape_name(o) for o, _ in rows[1:]) == sorted(names)
     assert [int(o) for _, o in rows[1:]] == list(range(13)) and not any(o.startswith('=') for o, _ in rows)
+    # all in one table: the numbers read back as the same float32
+    embed_images(tmp_path/'run', images, tmp_path/'table.csv', num_workers=0, device='cpu')
+    with open(tmp_path/'table.csv', newline='', encoding='utf-8') as f: table = list(csv.reader(f))
+    assert table[0] == ['file', *(f'feature_{i}' for i in range(d))]
+    assert [o for o, *_ in table[1:]] == [o for o, _ in rows[1:]]
+    assert np.array_equal(np.array([r[1:] for r in table[1:]], dtype=np.float32), np.load(tmp_path/'features.npy'))
 
 real = Path('/usr/share/openclipart/png')
 @pytest.mark.skipif(not real.exists(), reason="needs Debian's package openclipart-png")

@@ -98,7 +98,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('part', choices=['digits','label','score'])
     p.add_argument('out', type=Path, help='folder of the demo')
-    p.add_argument('--draws', type=int, default=5, help='of random labels')
+    p.add_argument('--draws', type=int, default=3, help='of random labels')
     p.add_argument('--epochs', type=int, default=60, help='of training on random labels, as `swav finetune` makes')
     args = p.parse_args(argv)
     if args.part=='digits': write_digits(args.out)
