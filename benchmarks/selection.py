@@ -112,10 +112,10 @@ def pool_of(n, draw):
     "The random half of the training images that a draw chooses from"
     return torch.randperm(n, generator=torch.Generator().manual_seed(draw))[:n//2]
 
-def chosen(x, n, method, draw, n_classes):
+def chosen(x, n, method, draw):
     "Indices into `x` of `n` images from the draw's half"
     pool = pool_of(len(x), draw)
-    return pool[select_to_label(x[pool], n, method, n_classes=n_classes, seed=draw)]
+    return pool[select_to_label(x[pool], n, method, seed=draw)]
 
 def probe_accuracy(train, test, idxs):
     "Of a linear probe on the labels of these images; a class that is not among them is never right"
@@ -127,9 +127,9 @@ def probes(out, data, s, method, draw, todo=True):
     base = pretrained(out, data, s, todo=False)
     def f():
         train,test = features(out, data)
-        n_classes,res = int(train[1].max())+1,{}
+        res = {}
         for n in s['sizes']:
-            idxs = chosen(train[0], n, method, draw, n_classes)
+            idxs = chosen(train[0], n, method, draw)
             res[str(n)] = dict(top1=probe_accuracy(train, test, idxs), classes=len(train[1][idxs].unique()))
         return dict(at=res)
     if base is None: return None
@@ -147,7 +147,7 @@ def tunings(out, data, s, method, draw, todo=True):
         x = [torch.as_tensor(ds.x) for ds in (dls.train.dataset,dls.valid.dataset)]
         part = torch.randperm(len(x[1]), generator=torch.Generator().manual_seed(0))[:n_test]
         for n in s['tuned']:
-            idxs = chosen(train[0], n, method, draw, int(y.max())+1)
+            idxs = chosen(train[0], n, method, draw)
             few = tensor_dls(torch.cat([x[0][idxs],x[1][part]]), torch.cat([y[idxs],dls.valid.dataset.y[part]]),
                              vocab=dls.train.dataset.vocab, bs=min(64, n), splits=(range(n),range(n, n+len(part))),
                              device='cpu')
@@ -162,7 +162,7 @@ def tunings(out, data, s, method, draw, todo=True):
     return piece(out, f'{data}-{method}-{draw}-tuned', key, f if todo else None)
 
 parts = dict(typical=[_select._typical,_select._typicality,_select._cluster],
-             coverage=[_select._coverage,_select._covering,_select._cluster], random=[])
+             coverage=[_select._coverage,_select._covering], random=[])
 
 # --- the tables -------------------------------------------------------------------------------------------------------
 def mean_ci(values):

@@ -63,7 +63,7 @@ def _write_parquet(x, names, out):
     features = pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1)), x.shape[1])
     with atomic_path(out) as p: pq.write_table(pa.table(dict(file=list(map(escape_name, names)), features=features)), p)
 
-def _write_table(x, names, out):
+def _write_features(x, names, out):
     "Each number as the shortest text that reads back as the same float32"
     write_csv(out, ['file',*(f'feature_{i}' for i in range(x.shape[1]))], ([o,*row] for o,row in zip(names, x)))
 
@@ -82,6 +82,6 @@ def embed_images(
     x,files = folder_features(args.run, root, args.bs, args.skip_bad, args.num_workers, args.device, args.whiten,
                               args.follow_links)
     names = [f.relative_to(root).as_posix() for f in files]
-    write = {'.npy': _write_npy, '.csv': _write_table, '.parquet': _write_parquet}[out.suffix]
+    write = {'.npy': _write_npy, '.csv': _write_features, '.parquet': _write_parquet}[out.suffix]
     write(x.numpy(), names, out)
     return tuple(x.shape)

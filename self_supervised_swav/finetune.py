@@ -273,7 +273,8 @@ def _write_classifier(out, args, tuner, data, x, kept, temperature, result):
     learn.model.eval()
     with atomic_path(out/'export.pkl') as p: learn.export(p.resolve())
     write_json(dict(classes=data.vocab, method=kept, labels=len(data.y), accuracy=result.accuracy,
-                    interval=list(result.interval()), largest_class=result.largest[1], temperature=temperature), out/'classifier.json')
+                    interval=list(result.interval()), largest_class=result.largest[1], temperature=temperature),
+               out/'classifier.json')
 
 # %% ../nbs/44_finetune.ipynb #44f10018
 def predict_images(

@@ -9,7 +9,7 @@ __all__ = ['select_to_label', 'relative_names', 'write_labels', 'read_csv', 'rea
 import csv, os, warnings
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from .args import SelectArgs, check_arg, check_least
+from .args import SelectArgs, check_arg
 from .embed import folder_features
 from .files import check_writable
 from .images import csv_name, unescape_name, write_csv
@@ -57,42 +57,36 @@ def _typical(x, n, labeled, seed):
 
 # %% ../nbs/42_select.ipynb #aaf51918
 _n_cover = 20_000 # images that are compared with each other, at most
+_width = .3 # of the kernel, as a part of the median distance
 
-def _near(x, cosine):
-    "Sparse matrix of the pairs of rows with at least this cosine"
-    from scipy import sparse
-    return sparse.vstack([sparse.csr_matrix((o@x.T>=cosine).numpy()) for o in x.split(1024)], format='csr')
-
-def _pure_cosine(x, n_classes, seed, purity=.95):
-    "The cosine of the largest radius at which this share of the balls holds one group"
-    group = torch.as_tensor(_cluster(x, min(n_classes, len(x)), seed))
-    nearest = [(o@x.T).masked_fill(g[:,None]==group, -1).amax(1) for o,g in zip(x.split(1024), group.split(1024))]
-    return np.quantile(torch.cat(nearest).numpy(), purity)
-
-def _covering(x, n, labeled, n_classes, seed):
-    chosen,cosine = [],_pure_cosine(x, n_classes, seed)
-    while len(chosen)<n and 1-cosine>1e-6:
-        near,covered = _near(x, cosine),np.zeros(len(x), bool)
-        for i in [*labeled,*chosen]: covered[near[i].indices] = True
-        gain = np.asarray(near[:,~covered].sum(1)).ravel()
-        while len(chosen)<n and gain.max()>0:
-            i = int(gain.argmax())
-            new = near[i].indices
-            new = new[~covered[new]]
-            chosen.append(i)
-            covered[new] = True
-            gain -= np.asarray(near[:,new].sum(1)).ravel()
-        cosine = 1-(1-cosine)*.81  # of nine tenths of the distance
+def _covering(x, n, labeled):
+    "Rows that cover all others best, one after the other"
+    far = (2-2*(x[:1000]@x[-1000:].T)).clamp(min=0).median().item()
+    def near(idxs): return ((x[idxs]@x.T-1)/max(_width**2*far, 1e-12)).exp_()
+    best = torch.zeros(len(x))
+    def cover(i): torch.maximum(best, near([i])[0], out=best)
+    def gains(idxs): return torch.cat([(near(o)-best).clamp_(min=0).sum(1) for o in idxs.split(512)])
+    for i in labeled: cover(i)
+    gain = gains(torch.arange(len(x)))  # upper bounds, from here on
+    gain[list(labeled)] = -1
+    chosen = []
+    while len(chosen)<n:
+        known = torch.zeros(len(x), dtype=torch.bool)
+        while not known[i := int(gain.argmax())]:
+            top = gain.masked_fill(known, -1).topk(min(32, len(x))).indices
+            top = top[(gain[top]>=0) & ~known[top]]
+            gain[top],known[top] = gains(top),True
+        chosen.append(i)
+        gain[i] = -1
+        cover(i)
     return chosen
 
-def _coverage(x, n, labeled, n_classes, seed):
-    "Among a random part of the images, where there are many; at random where only copies are left"
+def _coverage(x, n, labeled, seed):
+    "Among a random part of the images, where there are many"
     free = np.setdiff1d(np.arange(len(x)), labeled)
     part = np.random.default_rng(seed).permutation(free)
     part = np.concatenate([labeled, part[:max(_n_cover-len(labeled), n)]]).astype(int)
-    chosen = part[_covering(x[part], n, range(len(labeled)), n_classes, seed)]
-    rest = np.random.default_rng(seed).permutation(np.setdiff1d(free, chosen))
-    return [*chosen.tolist(), *rest[:n-len(chosen)].tolist()]
+    return part[_covering(x[part], n, range(len(labeled)))].tolist()
 
 # %% ../nbs/42_select.ipynb #5483d795
 _methods = 'typical','coverage','random'
@@ -102,15 +96,13 @@ def select_to_label(
     n:int, # How many images to select
     method:str='typical', # 'typical', 'coverage', or 'random' to compare with
     labeled=(), # Indices of images that have labels already
-    n_classes:int=10, # Classes that 'coverage' expects, roughly
-    seed:int=42 # Of k-means, and of random images
+    seed:int=42 # Of k-means, and of random images; 'coverage' draws only where there are more than 20,000 images
 )->torch.Tensor: # (n,) indices, the most useful first
     "Images to label first"
     x = torch.as_tensor(features).detach().as_subclass(torch.Tensor).float().cpu()
     if x.ndim!=2: raise ValueError(f"features must be (n_images,d), got shape {tuple(x.shape)}")
     if not x.isfinite().all(): raise ValueError("features must be finite, got nan or inf")
     check_arg('method', method, lambda o: o in _methods, f"one of {', '.join(_methods)}")
-    check_least('n_classes', n_classes, 2)
     labeled = np.unique(np.asarray(labeled, dtype=int))
     if len(labeled) and not (0<=labeled[0] and labeled[-1]<len(x)):
         raise ValueError(f"labeled must be indices from 0 to {len(x)-1}, got {labeled[0]} to {labeled[-1]}")
@@ -119,7 +111,7 @@ def select_to_label(
         raise ValueError(f"n must be a whole number from 1 to {n_free}, the images without a label, got {n}")
     x = F.normalize(x, dim=1)
     if method=='typical': chosen = _typical(x, n, labeled, seed)
-    elif method=='coverage': chosen = _coverage(x, n, labeled, n_classes, seed)
+    elif method=='coverage': chosen = _coverage(x, n, labeled, seed)
     else: chosen = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(len(x)), labeled))[:n]
     return torch.as_tensor(np.asarray(chosen))
 

@@ -8,7 +8,7 @@ from helpers import rounding
 
 folder = Path(__file__).parent.parent/'benchmarks'
 sys.path.insert(0, str(folder))
-import collapse, harness, kernels, methods, quality, steps
+import collapse, harness, kernels, methods, quality, selection, steps
 import run as bench
 
 tiny = dict(arch='resnet18', bs=4, num_crops=(2,1), crop_sizes=(32,24))
@@ -208,3 +208,41 @@ def test_methods_tables_go_between_their_markers(tmp_path):
     assert 'two' in text.split(methods.begin)[1].split(methods.end)[0]
     assert text.split(methods.begin)[0]==before.split(methods.begin)[0]
     assert text.split(methods.end)[1]==before.split(methods.end)[1]
+
+# --- which images to label ---
+def test_selection_gives_a_row_for_each_size_once(tmp_path, monkeypatch):
+    again = ['--quick','--out',str(tmp_path)]
+    text = selection.main(again)
+    rows = [[c.strip() for c in o.split('|')] for o in text.splitlines()[2:]]
+    assert [r[1:3] for r in rows[2:]]==[['probe','10'],['probe','20'],['fine-tuned','10']]
+    assert len({len(r) for r in rows})==1 and all(0<float(c)<=100 for r in rows[2:] for c in r[3:6])
+    monkeypatch.setattr(selection, 'swav_learner', None)  # nothing can be pretrained any more
+    assert selection.main(again)==text==selection.main([*again,'--table'])
+
+def test_selection_measures_on_other_images():
+    "A draw chooses from half of the training images; the test images are none of them"
+    s = selection.quick['digits']
+    assert [len(dl.dataset.x) for dl in selection.get_dls('digits', s)]==[1258,539]
+    x = torch.randn(40, 4)
+    for method in selection.methods:
+        idxs = selection.chosen(x, 5, method, 1).tolist()
+        assert len(set(idxs))==5 and set(idxs)<=set(selection.pool_of(40, 1).tolist())
+    assert len(selection.pool_of(40, 1))==20 and selection.pool_of(40, 1).tolist()!=selection.pool_of(40, 2).tolist()
+
+def test_selection_says_what_is_clear():
+    # ten differences of 1 ± 0.47 points: Student's 2.26 times 0.47/sqrt(10) is 0.34
+    d = [.01+.0045*(-1)**i for i in range(10)]
+    m,ci = selection.mean_ci(d)
+    assert m==pytest.approx(1.) and ci==pytest.approx(2.262*.4743/10**.5, rel=1e-3)
+    assert selection.verdict(d)=='better' and selection.verdict([-o for o in d])=='worse'
+    assert selection.verdict([o-.01 for o in d])=='not clear' and selection.verdict(d[:2])==''
+
+def test_selection_tables_go_between_their_markers(tmp_path):
+    readme = tmp_path/'README.md'
+    before = (folder/'README.md').read_text()
+    readme.write_text(before)
+    for o in ('one','two'): selection.write(readme, o)
+    text = readme.read_text()
+    assert text.split(selection.begin)[1].split(selection.end)[0].strip()=='two'
+    assert text.split(selection.begin)[0]==before.split(selection.begin)[0]
+    assert text.split(selection.end)[1]==before.split(selection.end)[1]

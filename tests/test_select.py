@@ -3,6 +3,7 @@ import csv
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from self_supervised_swav.images import csv_name, unescape_name
+from self_supervised_swav import select
 from self_supervised_swav.select import read_csv, read_labels, select_to_label, write_labels
 
 def clouds(sizes=(100,60,40), d=8, seed=0):
@@ -28,11 +29,29 @@ def test_typical_goes_where_labels_are_missing():
     idxs = select_to_label(x, 1, labeled=labeled)
     assert y[idxs].tolist()==[1] and not set(idxs.tolist()) & set(labeled)
 
-def test_coverage_is_greedy():
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('labeled', [[],[3,150,42]])
+def test_coverage_is_the_plain_search(seed, labeled):
+    "Every image tried in every round, in float64: none would add more than the chosen one"
+    x,y = clouds(seed=seed)
+    u = F.normalize(x.double(), dim=1)
+    squared = torch.cdist(u, u)**2
+    scale = 2*select._width**2*squared.median()
+    near,chosen = torch.exp(-squared/scale),list(labeled)
+    # cosines are rounded in float32: 8 products, then doubled and divided by `scale`, summed over the images
+    rounding = 2*8*torch.finfo(torch.float32).eps/scale*len(x)
+    assert rounding<.01
+    for i in select_to_label(x, 20, 'coverage', labeled).tolist():
+        best = near[chosen].amax(0) if chosen else torch.zeros(len(x))
+        gain = (near-best).clamp(min=0).sum(1)
+        assert i not in chosen and gain[i]>=gain.max()-2*rounding
+        chosen.append(i)
+
+def test_coverage_goes_where_labels_are_missing():
     x,y = clouds()
-    idxs = select_to_label(x, 3, 'coverage', n_classes=3)
-    assert sorted(y[idxs].tolist())==[0,1,2] and y[idxs[0]]==0  # no ball reaches another cloud; the fullest one first
-    assert y[select_to_label(x, 1, 'coverage', labeled=idxs[:2], n_classes=3)]==y[idxs[2]]
+    idxs = select_to_label(x, 3, 'coverage')
+    assert sorted(y[idxs].tolist())==[0,1,2] and y[idxs[0]]==0  # the fullest cloud first
+    assert y[select_to_label(x, 1, 'coverage', labeled=idxs[:2])]==y[idxs[2]]
 
 @pytest.mark.parametrize('method', ['typical','coverage','random'])
 def test_any_number_once_each(method):
