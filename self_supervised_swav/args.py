@@ -183,14 +183,15 @@ class EmbedArgs(ImageArgs):
     "Write the features of all images in a folder, with the names of their files"
     run:str # Folder of a run, or the file of its encoder
     folder:str # Folder of images, searched recursively
-    # File to write: .npy, with the names in a .csv beside it, or .parquet (needs pyarrow)
+    # File to write: .npy, with the names in a .csv beside it; .csv, names and features, which is larger; or .parquet
+    # (needs pyarrow)
     out:str = option('features.npy', short='o', metavar='FILE')
     whiten:bool = False # Write whitened features, in which similar images are found more often
 
     def check(self):
         super().check()
-        check_arg('out', self.out, lambda o: str(o).endswith(('.npy','.parquet')),
-                  'a file that ends in .npy or .parquet')
+        check_arg('out', self.out, lambda o: str(o).endswith(('.npy','.csv','.parquet')),
+                  'a file that ends in .npy, .csv or .parquet')
 
 # %% ../nbs/17_args.ipynb #97441e0e
 @dataclass
