@@ -284,6 +284,7 @@ def test_hours_and_batch_size(tmp_path, monkeypatch, capsys):
     assert run.learn.recipe.reasons['fit.n_epoch']=='1 h, at 2 s a step as measured' and run.args.epochs==n
     with pytest.raises(ValueError, match='hours must be at least 0.02.* for one epoch on this machine, got 0.01'):
         runs.PretrainRun('digits', tmp_path/'a', hours=.01, **kwargs)
+    with pytest.raises(ValueError, match='hours must be positive, got 0'): runs.epochs_in(run.learn, 0)
     secs = {32: 1., 64: 1.5, 128: 2.4, 256: 4.7}
     monkeypatch.setattr(runs, 'secs_per_step', lambda learn: secs[learn.dls.train.bs])
     assert runs.PretrainRun('digits', tmp_path/'a', bs='auto', **kwargs).learn.dls.train.bs==128  # 53 to 54 an s
