@@ -106,7 +106,7 @@ FirstProtos.order = 9
 # --- the levers -------------------------------------------------------------------------------------------------------
 small = dict(layers=(1,1,1,1))
 levers = { # bs and epochs (of 4), as factors; lr as a factor of the recipe's; settings of swav_learner; callbacks
-    'base': dict(set=dict(jitter_s=.5, crop_sizes=(28,18)), lr=1.),  # what the recipe of 28 px was
+    'base': dict(set=dict(jitter_s=.5, num_crops=(2,4), crop_sizes=(28,18)), lr=1.),  # what the recipe of 28 px was
     'jitter 2x': dict(set=dict(jitter_s=1.)),
     'jitter 3x': dict(set=dict(jitter_s=1.5)),
     'batch 64': dict(bs=.5),
@@ -118,6 +118,8 @@ levers = { # bs and epochs (of 4), as factors; lr as a factor of the recipe's; s
     'lr 0.5x': dict(lr=.5),
     '2 small crops': dict(set=dict(num_crops=(2,2)), epochs=1.25),
     '8 small crops': dict(set=dict(num_crops=(2,8)), epochs=.75),
+    'two crops': dict(set=dict(num_crops=(2,0)), epochs=2),
+    'two crops, from a quarter': dict(set=dict(num_crops=(2,0), min_scales=(.25,.15)), epochs=2),
     'temp 0.2': dict(set=dict(temp=.2)),
     'eps 0.05': dict(set=dict(eps=.05)),
     '4x prototypes': dict(set=dict(n_protos=512)),
@@ -143,6 +145,7 @@ levers['j2 b64'] = together('jitter 2x', 'batch 64')
 for _name in [o for o in levers if o not in ('base','jitter 2x','jitter 3x','batch 64','j2 b64')]:
     levers[f'j2 b64 {_name}'] = together('jitter 2x', 'batch 64', _name)
 levers['j2 b64 crops 20+14 lr 2x'] = together('jitter 2x', 'batch 64', 'crops 20+14', 'lr 2x')
+levers['two crops now'] = together('jitter 2x', 'batch 64', 'crops 20+14', 'lr 2x', 'two crops')
 levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
 levers['j2 crops 20+14'] = together('jitter 2x', 'crops 20+14')
 
@@ -157,6 +160,13 @@ def whitened(train, valid):
 def few_probe(train, valid, n, seed):
     (x,y),idxs = train,few_label_idxs(train[1], n, seed=seed)
     return linear_probe((x[idxs],y[idxs]), valid, C=.01).top1
+
+class AtSize(nn.Module):
+    "An encoder of images that are scaled to `size` first"
+    def __init__(self, inner, size):
+        super().__init__()
+        self.inner,self.size = inner,(size,size)
+    def forward(self, x): return self.inner(F.interpolate(x, size=self.size, mode='bilinear', antialias=True))
 
 def measure(dls, encoder):
     "20-NN, whitened 20-NN, probes with 10 labels (mean of five draws) and 60 labels of each class (of two)"
@@ -176,10 +186,9 @@ def run(data, lever, seed, length=1.):
     make,size,channels,bs,epochs = datasets[data]
     lever = levers[lever] if isinstance(lever, str) else lever
     bs,epochs = round(bs*lever.get('bs', 1)),max(1, round(epochs*lever.get('epochs', 1)*length))
-    settings = levers['base']['set'] | lever.get('set', {})
-    if 'crop_sizes' in settings:  # given for 28 px
-        settings['crop_sizes'] = tuple(round(o*size/28) for o in settings['crop_sizes'])
     dls = make(bs, seed)
+    settings = levers['base']['set'] | lever.get('set', {})
+    settings['crop_sizes'] = tuple(round(o*size/28) for o in settings['crop_sizes'])  # given for 28 px
     set_seed(seed)
     clock = Clock()
     cbs = [NoValidation(), clock, *(f() for f in lever.get('cbs', ()))]
@@ -216,17 +225,18 @@ def fmt(values):
     mean,more = f'{100*statistics.mean(values):.1f}',len(values)>1
     return f'{mean} ± {100*statistics.stdev(values):.1f}' if more else mean
 
-def on_test(lever, seed, length, todo=True):
-    "What an encoder of Fashion-MNIST that is kept is worth on the test images"
+def once_more(lever, seed, length, test=False, size=None):
+    "What a kept encoder of Fashion-MNIST is worth on the test images, or on images of another size"
     name = name_of('fashion', lever, seed, length)
-    path,weights = out_dir/f'{name}-test.json',out_dir/f'{name}.safetensors'
+    path,weights = out_dir/f"{name}{'-test' if test else ''}{size or ''}.json",out_dir/f'{name}.safetensors'
     if path.exists(): return piece('fashion', lever, seed, length, todo=False) | json.loads(path.read_text())
-    if not (todo and weights.exists()): return None
+    if not weights.exists(): return None
     encoder = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, zero_init_last=False,
                              channels=datasets['fashion'][2], **small)
     encoder.load_state_dict(load_file(weights))
-    path.write_text(json.dumps(measure(fashion_test(seed), encoder)))
-    return on_test(lever, seed, length)
+    dls = fashion_test(seed) if test else fashion(128, seed)
+    path.write_text(json.dumps(measure(dls, AtSize(encoder, size) if size else encoder)))
+    return once_more(lever, seed, length, test, size)
 
 def table(data, seeds, length, names, get=None):
     get = get or (lambda lever, seed: piece(data, lever, seed, length, todo=False))
@@ -249,14 +259,15 @@ def main(argv=None):
     p.add_argument('--out', type=Path, default=out_dir)
     p.add_argument('--table', action='store_true', help='only print what is done')
     p.add_argument('--test', action='store_true', help='what is kept of Fashion-MNIST, on the test images')
+    p.add_argument('--size', type=int, help='the same on images scaled to so many pixels')
     args = p.parse_args(argv)
     globals()['out_dir'] = args.out
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
-    if args.test:
+    if args.test or args.size:
         print(table('fashion', args.seeds, args.length, args.only,
-                    lambda lever,seed: on_test(lever, seed, args.length)))
+                    lambda lever,seed: once_more(lever, seed, args.length, args.test, args.size)))
         return
     for seed in range(args.seeds):
         for data in args.data:

@@ -32,6 +32,7 @@ def test_rules_hold_for_any_data(args):
     if size>=64: assert small>=32              # the stride of most networks
     smaller = 5000<=n<100_000 and 24<=size<64  # crops of fewer pixels than the images, whose size features keep
     assert (large<min(size, 224))==smaller==('features' in r) and (not smaller or r['features']['size']==size)
+    assert (r['augs']['num_crops'][1]==0)==(smaller or size<24)
     if size>=16: assert small>=8               # the stride of small_images
     assert r['encoder']['small_images']==(size<64)
     SWAV(get_swav_aug_pipelines(**r['augs']), **r['swav'])   # every setting is one that they accept
