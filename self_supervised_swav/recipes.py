@@ -305,7 +305,8 @@ def swav_recipe(
     if n_protos is not None: _check_at_least('n_protos', n_protos, 2)
     r = common_recipe('swav', n_images, bs, image_size, n_classes, world_size)
     batch = bs*world_size
-    if 5000<=n_images<100_000 and 24<=_shorter_side(image_size)<64: _put_measured(r, _shorter_side(image_size), batch)
+    size = _shorter_side(image_size)
+    if 5000<=n_images<100_000 and 24<=size<64: _put_measured(r, n_images, size, batch)
     if _shorter_side(image_size)<24:
         why = f'two large crops alone: a part of an image of {_shorter_side(image_size)} px shows too little'
         r.put('augs', 'num_crops', (2,0), f'{why}, and takes half of the time')
@@ -338,9 +339,14 @@ def swav_recipe(
     r.put('swav', 'freeze_protos_pct', 0.05, 'the encoder adapts to fixed prototypes in the first twentieth of the fit')
     return continued(r) if pretrained else r
 
-def _put_measured(r, size, batch):
+def _put_measured(r, n_images, size, batch):
     "What was better than the rules of all methods in as much time: see `benchmarks/levers.py`"
     r.put('augs', 'jitter_s', 1., 'as in the paper: half of it was worse on 10,000 images of Fashion-MNIST')
+    why = 'two large crops alone: four small ones cost as much again, and twice the steps are worth more'
+    r.put('augs', 'num_crops', (2,0), why)
+    n_epoch = 2*r['fit']['n_epoch']
+    r.put('fit', 'n_epoch', n_epoch, f'{n_epoch*(n_images//batch):,} steps, each half as long without small crops; '
+                                     'longer training usually helps')
     sizes = round(size*5/7),round(size/2)
     r.put('augs', 'crop_sizes', sizes, f'5/7 and 1/2 of the {size} px of the images: '
           f'half the pixels to compute, and whole images at {size} px show things as large as these crops do')

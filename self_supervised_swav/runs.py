@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['parse_settings', 'epoch_record', 'EpochHistory', 'SaveEncoder', 'hours', 'TimeLeft', 'EpochLines', 'TellDataWait',
-           'import_logger', 'open_logger', 'RunLogger', 'secs_per_step', 'stop_on_signals', 'check_out', 'saved_args',
-           'saved_recipe', 'configured', 'resumed_args', 'folders_of_classes', 'tell_merged', 'PretrainRun',
-           'find_encoder', 'replay_batch']
+           'import_logger', 'open_logger', 'RunLogger', 'secs_per_step', 'epochs_in', 'stop_on_signals', 'check_out',
+           'saved_args', 'saved_recipe', 'configured', 'resumed_args', 'folders_of_classes', 'tell_merged',
+           'PretrainRun', 'find_encoder', 'replay_batch']
 
 # %% ../nbs/37_runs.ipynb #388a603e
 import ast, io, json, math, os, re, shlex, signal, sys, threading, time, warnings
@@ -236,6 +236,23 @@ def secs_per_step(
         warnings.simplefilter('ignore', UserWarning)  # they come again in the run
         learn.fit(n+1, cbs=watch)
     return (watch.ends[-1]-watch.ends[0])/n
+
+def epochs_in(
+    learn, # A Learner to throw away: its model is trained
+    hours:float, # Time for the whole fit
+    n_measured:float=0, # Batches that a metric such as `KNNMetric` reads in each epoch besides the validation's
+    secs:float|None=None # Seconds of a step, if they are known; None: measured now
+)->int: # At least 1; an error if not even one fits
+    "How many epochs fit into a time on this machine"
+    if not hours>0: raise ValueError(f"hours must be positive, got {hours!r}")
+    if secs is None: secs = secs_per_step(learn)
+    forward = len(learn.dls.valid)+n_measured  # without a backward pass: at most half a step
+    epoch = secs*(len(learn.dls.train)+forward/2)
+    n = int((3600*hours*.95-20)/epoch)  # the report and what else runs on the machine
+    if n<1:
+        least = (epoch+20)/.95/3600
+        raise ValueError(f"hours must be at least {least:.2g} for one epoch on this machine, got {hours:g}")
+    return n
 
 # %% ../nbs/37_runs.ipynb #115bb744
 @contextmanager
@@ -469,12 +486,7 @@ class PretrainRun:
         learn = self._make_learner(self.args.bs)
         secs,dls = secs_per_step(learn),learn.dls
         measured = 6000/self.args.bs if self.args.knn and self.uses_labels else 0
-        forward = len(dls.valid)+min(measured, len(dls.train)+len(dls.valid))
-        epoch = secs*(len(dls.train)+forward/2)  # without a backward pass: at most half a step
-        n = int((3600*hours*.95-20)/epoch)  # the report and what else runs on the machine
-        if n<1:
-            least = (epoch+20)/.95/3600
-            raise ValueError(f"hours must be at least {least:.2g} for one epoch on this machine, got {hours:g}")
+        n = epochs_in(learn, hours, min(measured, len(dls.train)+len(dls.valid)), secs)
         return replace(self.args, epochs=n, hours=None),f'{hours:g} h, at {secs:.2g} s a step as measured'
 
     def _make_learner(self,
