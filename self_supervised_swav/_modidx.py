@@ -1954,6 +1954,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'self_supervised_swav.runs.configured': ('runs.html#configured', 'self_supervised_swav/runs.py'),
                                            'self_supervised_swav.runs.epoch_record': ( 'runs.html#epoch_record',
                                                                                        'self_supervised_swav/runs.py'),
+                                           'self_supervised_swav.runs.epochs_in': ('runs.html#epochs_in', 'self_supervised_swav/runs.py'),
                                            'self_supervised_swav.runs.find_encoder': ( 'runs.html#find_encoder',
                                                                                        'self_supervised_swav/runs.py'),
                                            'self_supervised_swav.runs.folders_of_classes': ( 'runs.html#folders_of_classes',
