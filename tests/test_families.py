@@ -108,9 +108,11 @@ def test_families(tmp_path):
         rows.append(row)
     text = f"""# Encoders that are tested
 
+> {len(rows)} families of timm: what each was trained on, and what it does not take
+
 <!-- written by tests/test_families.py -->
 
-`create_encoder(arch)` takes every classification network of timm. {len(rows)} families are tested, each by a small
+`create_encoder(arch)` takes every classification network of timm. The families below are tested, each by a small
 member: it is built, trained with SwAV on crops of two resolutions, saved and loaded, and the same with
 `small_images=True`. What does not work raises an error before training; its reason stands here. Other sizes than those
 of the table work too, as far as the network takes them.

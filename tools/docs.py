@@ -371,7 +371,7 @@ def prepare():
     write(made/'reference'/'index.md', text+'\n\n'+toctree('Modules', [p.split('/')[1] for p,_ in modules]))
     add_page('reference/index', text, pages)
     def of(folder): return sorted(p for p in found if p.startswith(folder+'/'))
-    pages_of_docs = [o for o in ('how-to','coming-from') if o in found]
+    pages_of_docs = [o for o in ('how-to','encoders','coming-from') if o in found]
     first = [o for o in ('folder_to_answer','your_own_images','few_labels','large_scale') if f'tutorials/{o}' in found]
     tutorials = [*(f'tutorials/{o}' for o in first), *(o for o in of('tutorials') if o.split('/')[1] not in first)]
     trees = [('Start', ['start']), ('Tutorials', tutorials), ('How-to', pages_of_docs),
