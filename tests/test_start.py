@@ -1,5 +1,6 @@
 "What an encoder starts from, and whether it became better than that: several encoders beside each other."
-import json, re
+import json, re, sys
+from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -375,3 +376,32 @@ def test_init_of_the_command_refused(tmp_path, command, old):
         assert code==2 and match in err and not (tmp_path/'run').exists()
     code,_,err = command('pretrain', 'digits', '--init', tmp_path/'none', '--out', tmp_path/'run')
     assert code==2 and "init must be 'timm', a run, or a file" in err
+
+# --- does it pay? -----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def continued():
+    sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
+    import continued
+    return continued
+
+def test_gains_are_over_the_same_seed(continued, tmp_path):
+    "From pieces on disk: a mean over seeds, and what each seed gains over its own start from scratch"
+    s = continued.quick
+    def put(name, key, **r): (tmp_path/f'{name}.json').write_text(json.dumps(dict(r, key=key), default=list))
+    for seed,(a,b) in enumerate([(.5,.6),(.7,.75)]):
+        for arm,v in (('from scratch',a), ('continued',b)):
+            put(f'{arm}-1-{seed}'.replace(' ', '-'), continued.key_of(s, seed, arm=arm, given=continued.arms[arm],
+                                                                      target_epochs=1), knn=v, probe=v, few=v, cpu=2.)
+    text = continued.main(['--quick','--table','--out',str(tmp_path)])
+    assert not [o for o in text.splitlines()[2:] if o]  # nothing in the folder of quick runs
+    rows = table_of(continued.report(tmp_path, s, 3))
+    assert rows['from scratch'][1]=='60.0 ± 14.1' and rows['from scratch'][-1]=='2'
+    assert rows['continued'][1]=='67.5 ± 10.6 (+7.5, 2 of 2)'  # the mean of 10 and 5 points
+
+@pytest.mark.slow
+def test_benchmark_runs_and_does_nothing_twice(continued, tmp_path, monkeypatch):
+    text = continued.main(['--quick','--seeds','1','--out',str(tmp_path)])
+    rows = table_of(text)
+    assert {'untrained encoder','Fashion-MNIST, not continued',*continued.arms}<=rows.keys()
+    monkeypatch.setattr(continued, 'fit', None)
+    assert continued.main(['--quick','--seeds','1','--out',str(tmp_path)])==text
