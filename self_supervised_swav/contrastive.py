@@ -117,7 +117,11 @@ def nt_xent(
     group=None, # Process group whose ranks' large crops are negatives too; None: those of this process alone
     sizes:list|None=None # B of every rank of `group`; None: ask
 )->torch.Tensor: # Mean over pairs, a float32 scalar (float64 for float64 embeddings)
-    "NT-Xent of SimCLR (Chen et al. 2020, Eq. 1), for any number of crops"
+    """NT-Xent of SimCLR (Chen et al. 2020, Eq. 1), for any number of crops
+
+    The mean over pairs of a crop z and a large crop p of the same image of `-log(e(p) / (e(p) + sum of e(n)))`, with
+    `e(x) = exp(cosine(z,x)/temp)` and n the large crops of all other images. A `ValueError` names an argument that
+    does not fit."""
     _check_embeddings('embeddings', embeddings, 3, '(V,B,d)')
     V,B,_ = embeddings.shape
     large_ids = tuple(large_ids)
@@ -172,7 +176,11 @@ def info_nce(
     temp:float=0.07, # Temperature tau, positive
     key_ids=None # Which of the V crops the keys are of, which they are not compared with; None: of other crops
 )->torch.Tensor: # Mean over pairs, a float32 scalar (float64 for float64 queries)
-    "InfoNCE of MoCo (He et al. 2020, Eq. 1): each query against its key and a queue of negatives"
+    """InfoNCE of MoCo (He et al. 2020, Eq. 1): each query against its key and a queue of negatives
+
+    The mean over pairs of a query q and its key k of `-log(e(k) / (e(k) + sum of e(n)))`, with
+    `e(x) = exp(cosine(q,x)/temp)` and n the rows of `queue`. Gradients flow to `queries` alone. A `ValueError` names
+    an argument that does not fit."""
     if queries.ndim==2: queries,keys,queue = queries[None],keys[None],queue[None]
     for name,o,shape in (('queries',queries,'(V,B,d)'), ('keys',keys,'(A,B,d)'), ('queue',queue,'(A,K,d)')):
         _check_embeddings(name, o, 3, shape)

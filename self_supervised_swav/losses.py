@@ -88,7 +88,11 @@ def swapped_loss(
     temp:float=0.1, # Softmax temperature tau, positive, at least 1e-30
     bound:float|None=None # Known bound on |scores|, 1 for unit norms; None: look for it
 )->torch.Tensor: # Mean cross entropy over pairs and images, a float32 scalar (float64 for float64 scores)
-    "Cross entropy of every other crop's prediction against each code (Caron et al. 2020, Eq. 1-4)"
+    """Cross entropy of every other crop's prediction against each code (Caron et al. 2020, Eq. 1-4)
+
+    The mean over assigned crops a, other crops v != a and images b of
+    `-sum_k codes[a,b,k] * log_softmax(scores[v,b]/temp)[k]`. It is ln K for even predictions. Gradients flow to
+    `scores` alone, in closed form. A `ValueError` names an argument that does not fit."""
     assign_ids = tuple(assign_ids)
     if scores.ndim!=3 or scores.shape[0]<2:
         raise ValueError(f"scores must have the shape (V,B,K) with at least two crops, got {tuple(scores.shape)}")

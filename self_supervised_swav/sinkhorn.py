@@ -144,7 +144,14 @@ def sinkhorn(
     group=None, # Process group whose ranks each hold some of the samples; None: this process holds them all
     out:torch.Tensor|None=None # (B,K) tensor for the codes, of the result's type; may be `scores`; None: a new one
 )->torch.Tensor: # (B,K) codes: non-negative, each row sums to 1; float64 for float64 scores, else float32
-    "Codes of a batch, each prototype receiving an equal share of it (Caron et al. 2020, Eq. 5-7)"
+    """Codes of a batch, each prototype receiving an equal share of it (Caron et al. 2020, Eq. 5-7)
+
+    The rows of `Q = diag(v) exp(scores/eps) diag(u)`, with u and v such that each row sums to 1 and each column to B/K:
+    of all such Q the one with the largest `<Q, scores> + eps*entropy(Q)`. `n_iters` turns, each of which divides every
+    column by its sum, then every row, come near it; rows are exact, columns approximate. No gradient.
+
+    Finite for every finite score and every positive `eps`. A `ValueError` names an argument that does not fit, scores
+    that are not finite on a CPU included."""
     if scores.ndim!=2 or not scores.shape[1]:
         raise ValueError(f"scores must have the shape (B,K) with K>0, got {tuple(scores.shape)}")
     if scores.is_complex(): raise ValueError(f"scores must be real numbers, got {scores.dtype}")

@@ -23,7 +23,12 @@ from .stats import code_entropy, code_overlap, feature_spread, mean_code_entropy
 
 # %% ../nbs/21_swav.ipynb #5a342681
 class SWAV(MultiView):
-    "Swapped prediction of cluster assignments between crops of an image (SwAV)"
+    """Swapped prediction of cluster assignments between crops of an image (SwAV)
+
+    Cuts crops from each batch, turns the scores of the crops `crop_assgn_ids` into codes (`sinkhorn`, with the queue
+    once it is full and `queue_start_pct` of the fit is over), and trains every other crop to predict them
+    (`swapped_loss`). The model must return embeddings and scores, as `create_swav_model` makes it. Settings that
+    cannot work are errors before the first step; `learn.swav.show()` draws the crops."""
     title = 'SwAV'
     signs = 'loss/lnK','code_entropy','mean_code_entropy','proto_usage','feature_spread','code_overlap','uses_queue'
     columns = (*signs[:5],'effective_rank')

@@ -63,8 +63,8 @@ def relative(page, other, anchor=''):
 def anchor_of(name): return name.replace('_', '-').lower().replace('.', '-')
 
 def outside_code(text, change):
-    "`change` applied to the parts of Markdown that are not in a fence"
-    parts = re.split(r'(^```.*?^```[^\n]*$)', text, flags=re.M|re.S)
+    "`change` applied to the parts of Markdown that are not in a fence, nor indented as code"
+    parts = re.split(r'(^```.*?^```[^\n]*$|^ {4}[^\n]*$)', text, flags=re.M|re.S)
     return ''.join(o if i%2 else change(o) for i,o in enumerate(parts))
 
 def linked(text, page, links):
@@ -221,10 +221,11 @@ def split_directives(source):
     return found, re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip('\n')
 
 def summary_of(text):
-    "The title and the `> one line` of a page"
+    "The title and the `> one line` of a page; without such a line, its first sentence"
     title = re.search(r'^# (.+)$', text, re.M)
-    line = re.search(r'^> (.+)$', text[title.end():] if title else text, re.M)
-    plain = re.sub(r'`|\*\*|\[([^\]]*)\]\([^)]*\)', r'\1', line[1]) if line else ''
+    rest = text[title.end():] if title else text
+    line = re.search(r'^> (.+)$', rest, re.M) or re.search(r'^((?=\w|`|\[\S)[^\n]+?)(?:\.(?=\s)|\n|$)', rest, re.M)
+    plain = re.sub(r'`|\*\*', '', re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', line[1])) if line else ''
     return title[1].strip().replace('`', '') if title else '', plain
 
 def plain_words(md):
@@ -371,7 +372,9 @@ def prepare():
     write(made/'reference'/'index.md', text+'\n\n'+toctree('Modules', [p.split('/')[1] for p,_ in modules]))
     add_page('reference/index', text, pages)
     def of(folder): return sorted(p for p in found if p.startswith(folder+'/'))
+    by_hand = {page_of(f'docs/{p.name}') for p in (root/'docs').glob('*.md')}
     pages_of_docs = [o for o in ('how-to','encoders','coming-from') if o in found]
+    pages_of_docs += sorted(by_hand-{'start',*pages_of_docs})
     first = [o for o in ('folder_to_answer','your_own_images','few_labels','large_scale') if f'tutorials/{o}' in found]
     tutorials = [*(f'tutorials/{o}' for o in first), *(o for o in of('tutorials') if o.split('/')[1] not in first)]
     trees = [('Start', ['start']), ('Tutorials', tutorials), ('How-to', pages_of_docs),
