@@ -24,7 +24,10 @@ def lars(
     trust_coeff:float=1e-3,# Size of a step in proportion to the norm of the parameter
     eps:float=1e-8         # Keeps the denominator from zero
 ) -> OptimWrapper:
-    "LARS without clipping, as the paper of SwAV used it"
+    """LARS without clipping, as the paper of SwAV used it
+
+    For each parameter w with gradient g: `r = trust_coeff*|w| / (|g| + wd*|w| + eps)`, then
+    `m = mom*m + r*(g + wd*w)` and `w -= lr*m`."""
     return OptimWrapper(params, Lars, lr=lr, momentum=mom, weight_decay=wd, trust_coeff=trust_coeff, eps=eps,
                         always_adapt=True)
 
