@@ -186,16 +186,18 @@ def rows_of(get, sizes, draws, what):
     "A row for each size: the accuracy of each method, and what choosing gains, paired by the draw"
     for n in sizes:
         by = {m: {d: r['at'][str(n)] for d in range(draws) if (r := get(m, d))} for m in methods}
-        if not all(by.values()): continue
+        common = set.intersection(*map(set, by.values()))  # the draws that all methods have
+        if not common: continue
+        by = {m: {d: v[d] for d in sorted(common)} for m,v in by.items()}
         top = {m: {d: o['top1'] if isinstance(o, dict) else o for d,o in v.items()} for m,v in by.items()}
         gains = []
         for m in methods[:-1]:
-            diff = [top[m][d]-top['random'][d] for d in top[m] if d in top['random']]
+            diff = [top[m][d]-top['random'][d] for d in common]
             gains.append(f'{cell(diff, sign=True)} {verdict(diff)}'.strip())
         seen = [f"{statistics.mean(o['classes'] for o in v.values()):.1f}" if isinstance(next(iter(v.values())), dict)
                 else '' for v in by.values()]
         yield [what, str(n), *(cell(list(v.values())) for v in top.values()), *gains, ' / '.join(filter(None, seen)),
-               str(min(map(len, by.values())))]
+               str(len(common))]
 
 def report(out, settings):
     "A table for each data set, from the pieces that there are"
