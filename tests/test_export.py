@@ -175,7 +175,7 @@ def test_command(tmp_path, command, monkeypatch):
     x = torch.rand(3,1,16,40)
     torch.testing.assert_close(torch.export.load(out).module()(x), e((x-.1)/.2), atol=1e-5, rtol=1e-5)
     monkeypatch.setitem(__import__('sys').modules, 'onnxscript', None)
-    for args,said in ((['-o',tmp_path/'e.onnx'], 'needs onnxscript: pip install onnx onnxruntime onnxscript'),
+    for args,said in ((['-o',tmp_path/'e.onnx'], ': pip install onnx onnxruntime onnxscript'),
                       (['-o',tmp_path/'e.pt2'], '--out must be a file that ends in .onnx, for onnx, got'),
                       (['--format','tflite'], "--format must be one of safetensors, timm, torchvision, onnx, torch"),
                       (['--format','timm','--size','32'], '--size 32 is for onnx and torch.export, got --format timm'),
