@@ -100,7 +100,7 @@ def try_family(name, arch, kwargs, tmp_path):
 
 @pytest.mark.slow
 def test_families(tmp_path):
-    "Every family does all of it, or says before training what it does not do; three minutes of one thread (AMD EPYC)"
+    "Every family does all of it, or says before training what it does not do; four minutes of one thread (Intel Xeon)"
     rows = []
     for name,arch,kwargs in families:
         row,secs = try_family(name, arch, kwargs, tmp_path)
