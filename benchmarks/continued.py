@@ -3,14 +3,13 @@ beside a start from random weights that takes as many steps, which cost the same
 Every piece that is done stays in `runs/continued` and is not done again: stop it when you like, and start it again.
 `--quick` in seconds, `--write` keeps the table in README.md."""
 import argparse, contextlib, io, math, statistics, time, warnings
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
 from fastai.torch_core import set_seed
 
-from harness import line, machine, write_between
+from harness import line, made_on, write_between
 from quality import few_probe, features, fmt, piece, quiet, version
 from self_supervised_swav.checkpoints import load_encoder, save_encoder
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls
@@ -143,8 +142,7 @@ def main(argv=None):
         f()
     text = report(out, s, args.seeds)
     print(text)
-    if args.write: write_between(here/'README.md', begin, end, f"{date.today()}\n\n" +
-                                 '\n'.join(f'- {o}' for o in machine('cpu')) + f'\n\n{text}')
+    if args.write: write_between(here/'README.md', begin, end, f'{made_on()}\n\n{text}')
     return text
 
 if __name__=='__main__': main()

@@ -114,8 +114,12 @@ marker = '<!-- everything below is written by `make bench` -->'
 def write(path, rows, device, seconds):
     "Replace what stands below the marker in the file"
     head = path.read_text().split(marker)[0]
-    run = f'{date.today()}, {seconds/60:.0f} minutes.\n\n' + '\n'.join(f'- {o}' for o in machine(device))
+    run = made_on(device, f', {seconds/60:.0f} minutes.')
     path.write_text(f'{head}{marker}\n\n## The last full run\n\n{run}\n\n{table(rows)}\n')
+
+def made_on(device='cpu', more=''):
+    "When and where figures were made: the date and what else there is to say, then a list of the machine"
+    return f'{date.today()}{more}\n\n' + '\n'.join(f'- {o}' for o in machine(device))
 
 def write_between(path, begin, end, text):
     "Put `text` between two markers of the file"

@@ -2,7 +2,6 @@
 Every piece that is done stays in `runs/methods` and is not done again: stop it when you like, and start it again.
 `--quick` in seconds, `--write` keeps the table in README.md."""
 import argparse, copy, math, statistics, time, warnings
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from harness import line, machine, peak_memory, write_between
+from harness import line, made_on, peak_memory, write_between
 from quality import few_probe, features, fmt, piece, quiet, version
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.deepcluster import DeepClusterV2
@@ -280,8 +279,7 @@ def main(argv=None):
         f()
     text = report(out, s, args.seeds)
     print(text)
-    if args.write: write(here/'README.md', f"{date.today()}, {s['epochs']} epochs\n\n" +
-                         '\n'.join(f'- {o}' for o in machine('cpu')) + f'\n\n{text}')
+    if args.write: write(here/'README.md', made_on(more=f", {s['epochs']} epochs") + f'\n\n{text}')
     return text
 
 if __name__=='__main__': main()

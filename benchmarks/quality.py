@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import self_supervised_swav
-from harness import line, machine, write_between
+from harness import line, made_on, write_between
 from self_supervised_swav.augment import get_batch_augs
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.encoders import create_encoder
@@ -312,8 +312,7 @@ def main(argv=None):
             f(out, arm, s, seed)
     text = report(out, s, args.seeds)
     print(text)
-    if args.write:
-        write(here/'README.md', f"{date.today()}\n\n" + '\n'.join(f'- {o}' for o in machine('cpu')) + f'\n\n{text}')
+    if args.write: write(here/'README.md', f'{made_on()}\n\n{text}')
     return text
 
 if __name__=='__main__': main()

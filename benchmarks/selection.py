@@ -4,7 +4,6 @@ random half of the pretraining images, and test images say how good a classifier
 done stays in `runs/selection` and is not done again. `--quick` on digits in seconds, `--write` keeps the tables in
 README.md."""
 import argparse, hashlib, math, statistics, time, warnings
-from datetime import date
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import t as student
 
-from harness import line, machine, write_between
+from harness import line, made_on, write_between
 from quality import piece, quiet, tuned, version
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
@@ -247,8 +246,7 @@ def main(argv=None):
             f(out, data, s, *more)
     text = report(out, settings)
     print(text)
-    if args.write:
-        write(here/'README.md', f"{date.today()}\n\n" + '\n'.join(f'- {o}' for o in machine('cpu')) + f'\n\n{text}')
+    if args.write: write(here/'README.md', f'{made_on()}\n\n{text}')
     return text
 
 if __name__=='__main__': main()

@@ -34,8 +34,7 @@ parts = {
 short_settings = {
     'old processor': dict(ATEN_CPU_CAPABILITY='default', ONEDNN_MAX_CPU_ISA='AVX2', MKL_CBWR='COMPATIBLE',
                           SWAV_PRETEND='caches,bfloat16', SWAV_ORDER='1'),
-    'AVX2, two threads': dict(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX512_CORE', OMP_NUM_THREADS='2',
-                              SWAV_ORDER='2'),
+    'AVX2, two threads': settings['AVX2, two threads'],
 }
 
 def training_notebooks():
