@@ -52,6 +52,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'self_supervised_swav.args.SortArgs': ('args.html#sortargs', 'self_supervised_swav/args.py'),
                                            'self_supervised_swav.args.SortArgs.check': ( 'args.html#sortargs.check',
                                                                                          'self_supervised_swav/args.py'),
+                                           'self_supervised_swav.args._check_choice': ( 'args.html#_check_choice',
+                                                                                        'self_supervised_swav/args.py'),
                                            'self_supervised_swav.args._check_share': ( 'args.html#_check_share',
                                                                                        'self_supervised_swav/args.py'),
                                            'self_supervised_swav.args.check_arg': ('args.html#check_arg', 'self_supervised_swav/args.py'),

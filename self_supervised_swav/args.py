@@ -251,6 +251,9 @@ class ExploreArgs(GroupArgs):
         check_arg('max_images', self.max_images, lambda o: o<=65_535, 'at most 65,535')
 
 # %% ../nbs/17_args.ipynb #a17c0001
+def _check_choice(method):
+    check_arg('method', method, lambda o: o in ('typical','coverage','random'), "'typical', 'coverage' or 'random'")
+
 @dataclass
 class SelectArgs(ImageArgs):
     "Select the images of a folder that should be labeled first"
@@ -267,8 +270,7 @@ class SelectArgs(ImageArgs):
     def check(self):
         super().check()
         check_least('n', self.n, 1)
-        check_arg('method', self.method, lambda o: o in ('typical','coverage','random'),
-                  "'typical', 'coverage' or 'random'")
+        _check_choice(self.method)
         check_arg('out', self.out, lambda o: str(o).endswith('.csv'), 'a file that ends in .csv')
 
 # %% ../nbs/17_args.ipynb #a17c0002
@@ -297,8 +299,7 @@ class LabelArgs(ImageArgs):
         check_least('n', self.n, 1)
         check_arg('n', self.n, lambda o: o<=5000, 'at most 5,000')
         check_least('neighbors', self.neighbors, 0)
-        check_arg('method', self.method, lambda o: o in ('typical','coverage','random'),
-                  "'typical', 'coverage' or 'random'")
+        _check_choice(self.method)
         check_arg('out', self.out, lambda o: str(o).endswith(('.html','.htm')), 'a file that ends in .html')
         self.classes = list(dict.fromkeys(o.strip() for o in self.classes))
         check_arg('classes', self.classes, all, 'names that are not empty')
