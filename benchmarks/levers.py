@@ -12,10 +12,12 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
+from fasttransform import Pipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from harness import line
+from self_supervised_swav.augment import BatchAugment
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe
@@ -67,6 +69,7 @@ def clipart(bs, seed, root='/usr/share/openclipart/png', size=64):
 
 datasets = dict( # its DataLoaders, pixels, widths of the encoder, batch size and epochs of the comparison
     fashion=(fashion, 28, (32,64,128,256), 128, 4),
+    narrow=(fashion, 28, (16,32,64,128), 128, 4),  # half of the width, for a first look at a lever
     digits=(digits, 28, (16,32,64,128), 128, 20),
     clipart=(clipart, 64, (32,64,128,256), 128, 6))
 
@@ -102,6 +105,19 @@ class FirstProtos(Callback):
             c = torch.where(new.norm(dim=1, keepdim=True)>0, F.normalize(new, dim=1), c)
         model.prototypes.weight.copy_(c)
 FirstProtos.order = 9
+
+class SmallFirst(Callback):
+    "Smaller crops in the first part of a fit"
+    order = 9
+    def __init__(self, px=14, pct=.6): self.px,self.pct = px,pct
+    def before_fit(self):
+        self.whole = self.learn.swav.aug_pipelines
+        aug = self.whole[0].fs[0].aug
+        small = BatchAugment(type(aug)(**aug.settings | dict(size=self.px)))
+        self.small = [Pipeline([small], split_idx=0) for _ in self.whole]
+    def before_batch(self):
+        self.learn.swav.aug_pipelines = self.small if self.learn.pct_train<self.pct else self.whole
+    def after_fit(self): self.learn.swav.aug_pipelines = self.whole
 
 # --- the levers -------------------------------------------------------------------------------------------------------
 small = dict(layers=(1,1,1,1))
@@ -146,6 +162,19 @@ for _name in [o for o in levers if o not in ('base','jitter 2x','jitter 3x','bat
     levers[f'j2 b64 {_name}'] = together('jitter 2x', 'batch 64', _name)
 levers['j2 b64 crops 20+14 lr 2x'] = together('jitter 2x', 'batch 64', 'crops 20+14', 'lr 2x')
 levers['two crops now'] = together('jitter 2x', 'batch 64', 'crops 20+14', 'lr 2x', 'two crops')
+_now = 'jitter 2x','batch 64','crops 20+14','lr 2x','two crops'
+levers |= { # what else is tried with two crops alone
+    'small first': dict(cbs=[SmallFirst], epochs=1.4),
+    'batch 32': dict(bs=.5), 'batch 128': dict(bs=2), 'wd 0.1': dict(set=dict(wd=.1)), 'wd 0': dict(set=dict(wd=0.)),
+    'queue': dict(set=dict(K=256)), 'eps 0.03': dict(set=dict(eps=.03)), 'temp 0.15': dict(set=dict(temp=.15)),
+    'crops 22': dict(set=dict(crop_sizes=(22,14)), epochs=.83),
+    'crops 16': dict(set=dict(crop_sizes=(16,14)), epochs=1.5),
+    'deep projector': dict(set=dict(nlayers=3)),
+    'areas from 0.3': dict(set=dict(min_scales=(.3,.15)))}
+for _name in ('jitter 3x', 'crops 16', 'crops 22', 'temp 0.2', 'temp 0.15', 'eps 0.05', 'eps 0.03', '4x prototypes',
+              'prototypes by k-means', 'averaged weights', 'small first', 'batch 32', 'batch 128', 'wd 0.1', 'wd 0',
+              'queue', 'deep projector', 'areas from 0.3'):
+    levers[f'now {_name}'] = together(*_now, _name)
 levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
 levers['j2 crops 20+14'] = together('jitter 2x', 'crops 20+14')
 

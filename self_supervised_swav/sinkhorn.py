@@ -147,8 +147,8 @@ def sinkhorn(
     """Codes of a batch, each prototype receiving an equal share of it (Caron et al. 2020, Eq. 5-7)
 
     The rows of `Q = diag(v) exp(scores/eps) diag(u)`, with u and v such that each row sums to 1 and each column to B/K:
-    of all such Q the one with the largest `<Q, scores> + eps*entropy(Q)`. `n_iters` turns, each of which divides every
-    column by its sum, then every row, come near it; rows are exact, columns approximate. No gradient.
+    of all such Q the one with the largest `<Q, scores> + eps*entropy(Q)`. `n_iters` iterations, each of which divides
+    every column by its sum, then every row, come near it; rows are exact, columns approximate. No gradient.
 
     Finite for every finite score and every positive `eps`. A `ValueError` names an argument that does not fit, scores
     that are not finite on a CPU included."""

@@ -1,6 +1,6 @@
 """The documentation: what the converter makes of directives and docments, and what stands in the pages that `make docs`
 builds: links, descriptions, alternative texts, nothing left over"""
-import ast, dataclasses, inspect, os, re, subprocess, sys
+import ast, dataclasses, inspect, json, os, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip('nbdev')
 import docs
 from browser import needs_browser, open_page
+from runner import find_notebooks
 from self_supervised_swav import all as everything
 
 root = Path(__file__).resolve().parent.parent
@@ -204,6 +205,14 @@ def site():
 
 @pytest.fixture(scope='module')
 def pages(site): return {p: Reader(p.read_text(encoding='utf-8')) for p in sorted(site.rglob('*.html'))}
+
+@pytest.mark.parametrize('path', find_notebooks(), ids=lambda p: p.stem)
+def test_each_picture_has_its_own_text(path):
+    "What a cell draws is said for those who cannot see it"
+    silent = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells']
+              if any('image/png' in o.get('data', {}) for o in c.get('outputs', [])) and
+              '#| fig-alt: ' not in ''.join(c['source'])]
+    assert not silent
 
 @pytest.mark.slow
 def test_no_link_is_broken(site, pages):

@@ -99,6 +99,15 @@ def test_runner_fails(project):
         for p in bad: p.unlink(missing_ok=True)
         run(project, 'tools/readme.py')
 
+def test_notebooks_in_one_process(project, tmp_path):
+    "What one notebook does to warnings does not reach the next"
+    write_nb(tmp_path/'a.ipynb', ["import warnings\nwarnings.simplefilter('error')"])
+    write_nb(tmp_path/'b.ipynb', ["import warnings\nwith warnings.catch_warnings(record=True) as told:\n"
+                                  "    warnings.warn('look')\nassert len(told) == 1"])
+    res = run(project, '-c', "import sys\nsys.path.insert(0, 'tools')\nfrom pathlib import Path\n"
+              f"import runner\nprint([runner.run_notebook(Path(r'{tmp_path}')/o)[0] for o in ('a.ipynb', 'b.ipynb')])")
+    assert res.stdout.splitlines()[-1] == '[True, True]', res.stdout+res.stderr
+
 def test_nothing_found(project, tmp_path):
     "No notebook and no test is a failure, not a success"
     empty = tmp_path/'empty'

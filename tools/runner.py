@@ -1,6 +1,6 @@
 """Run notebooks and tests, and count what passed, what failed, and why how much was skipped: `python tools/runner.py
 [arguments of pytest]`"""
-import json, os, subprocess, sys, tempfile, time
+import json, os, subprocess, sys, tempfile, time, warnings
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # two workers of one thread each: before torch is imported
 os.environ.setdefault('MPLBACKEND', 'agg')
 from collections import Counter
@@ -43,12 +43,13 @@ def find_notebooks(words=()):
                   key=lambda p: (-p.stat().st_size, p.name))
 
 def run_notebook(path, **kwargs):
-    "Run one notebook without a network: did it pass, in how many seconds, and what else there is to say"
+    """Run one notebook without a network: did it pass, in how many seconds, and what else there is to say. What it
+    does to warnings ends with it: the next one runs in the same process"""
     from nbdev.test import test_nb
     import sandbox
     sandbox.enter()
     sandbox.attempts.clear()
-    ok, secs = test_nb(path, basepath=root, **kwargs)
+    with warnings.catch_warnings(): ok, secs = test_nb(path, basepath=root, **kwargs)
     return (False, secs, f'it asked for the network: {sandbox.attempts}') if sandbox.attempts else (ok, secs, '')
 
 def notebooks(nbs):
