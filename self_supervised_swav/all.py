@@ -13,6 +13,7 @@ from .machine import *
 from .encoders import *
 from .models import *
 from .queue import *
+from .shards import *
 from .fused import *
 from .augment import *
 from .checkpoints import *

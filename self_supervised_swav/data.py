@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['no_targets', 'NoTargets', 'OpenImage', 'UnlabeledImageBlock', 'TensorChannels', 'OpenChannels', 'image_block',
            'ResizeChannels', 'resize', 'look_at_images', 'check_images', 'list_images', 'write_bad_files', 'split_bad',
-           'find_images', 'find_copies', 'random_split', 'fit_bs', 'swav_dls', 'TensorImages', 'TensorDL', 'tensor_dls',
-           'labels_of', 'subset', 'digits_dls', 'read_idx', 'fashion_mnist_dls']
+           'find_images', 'find_copies', 'random_split', 'fit_bs', 'image_data_block', 'swav_dls', 'TensorImages',
+           'TensorDL', 'tensor_dls', 'labels_of', 'subset', 'digits_dls', 'read_idx', 'fashion_mnist_dls']
 
 # %% ../nbs/30_data.ipynb #0720e510
 import gzip, math, random, struct, sys, warnings
 from contextlib import nullcontext
-import torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from pathlib import Path
 from PIL import UnidentifiedImageError
 from fastcore.basics import store_attr, listify
@@ -29,10 +29,12 @@ from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, defaul
 from fastai.vision.augment import RandTransform, Resize
 from fastai.vision.core import PILImage, PILImageBW
 from .files import atomic_path
-from .images import (ImageInfo, check_color_name, check_window, count_of, duplicate_groups,
-                                         escape_name, image_files, image_info, read_channels, read_image)
+from .images import (ImageInfo, StoredImage, check_color_name, check_window, count_of,
+                                         duplicate_groups, escape_name, image_files, image_info, read_channels,
+                                         read_image)
 from .multiview import MultiView
 from .randomness import own_randomness
+from .shards import FromShards, ShardDL, ShardLabel, Shards, is_shards, open_shards
 
 # %% ../nbs/30_data.ipynb #f3104dcc
 def no_targets(pred, *targ):
@@ -54,7 +56,7 @@ class OpenImage(Transform):
         background='white' # Color behind transparent pixels
     ): store_attr()
 
-    def encodes(self, o:str|Path):
+    def encodes(self, o:str|Path|StoredImage):
         mode = self.cls._open_args['mode']
         try: return self.cls.create(read_image(o, mode, self.min_size, self.window, self.background))
         except Exception as e: raise ValueError(f"{escape_name(o)} is not a readable image: {e}") from e
@@ -99,7 +101,7 @@ class OpenChannels(Transform):
         window=None # Values that become 0 and 1: see `to_unit`
     ): store_attr()
 
-    def encodes(self, o:str|Path):
+    def encodes(self, o:str|Path|StoredImage):
         try: return TensorChannels(read_channels(o, self.n_in, self.window))
         except Exception as e: raise ValueError(f"{escape_name(o)} is not a readable image: {e}") from e
 
@@ -193,10 +195,11 @@ def _first_of(texts, n=5):
     return ', '.join(map(str, texts[:n])) + (f' and {len(texts)-n:,} more' if len(texts)>n else '')
 
 def list_images(
-    path_or_files, # Folder of images, searched recursively, or a list of image files
+    path_or_files, # Folder of images, searched recursively, or a list of image files, or `Shards`
     follow_links:bool=False # Take what symbolic links to places outside the folder lead to?
 )->list: # Sorted, as file systems list files in any order
     "The image files of a folder or a list, before anybody looks at them; an error if there are none"
+    if isinstance(path_or_files, Shards): return path_or_files
     if not isinstance(path_or_files, (str,Path)):
         files = [Path(o) for o in path_or_files]
         if not files: raise ValueError("path_or_files must hold image files, got an empty list")
@@ -283,9 +286,26 @@ def fit_bs(
         warnings.warn(f"bs={bs} is more than the {n_train} training images: using bs={n_train}", stacklevel=3)
     return min(bs, n_train)
 
+# %% ../nbs/30_data.ipynb #5a4d3002
+def image_data_block(
+    files, # Image files, `Shards`, or a list of the images of one `Shards`
+    block, # `TransformBlock` of the images
+    splits, # Indices for training and for validation
+    item_tfms, # Transforms of a single image
+    labels=None, # `TransformBlock` of labels
+    get_y=None # The label of a file
+)->tuple: # A `DataBlock` and its items
+    "What makes a data set of images, wherever they lie"
+    kwargs = dict(blocks=block if labels is None else (block,labels), splitter=lambda o: splits, item_tfms=item_tfms)
+    shards = files if isinstance(files, Shards) else getattr(files[0], 'shards', None)
+    if shards is None: return DataBlock(**kwargs, get_y=get_y),files
+    get_y = None if labels is None else ShardLabel(shards)
+    items = np.arange(len(shards)) if files is shards else np.array([o.i for o in files])
+    return DataBlock(**kwargs, dl_type=ShardDL, get_x=FromShards(shards), get_y=get_y),items
+
 # %% ../nbs/30_data.ipynb #9ac60b9d
 def swav_dls(
-    path_or_files, # Folder of images, searched recursively, or a list of image files
+    path_or_files, # Folder of images, searched recursively, a list of image files, or shards: see `Shards`
     size:int|tuple=320, # Size of the images in a batch, or (height,width)
     bs:int=64, # Batch size
     valid_pct:float=0.1, # Share of the images held out for validation
@@ -308,11 +328,14 @@ def swav_dls(
     if not (h>0 and w>0): raise ValueError(f"size must be positive, got {size}")
     check_window(window)
     check_color_name(background)
-    files = find_images(path_or_files, check, skip_bad, follow_links, window=window, n_in=n_in)
+    if is_shards(path_or_files): path_or_files = open_shards(path_or_files, skip_bad)
+    known = getattr(path_or_files, 'is_checked', False) and n_in in (1,3)
+    files = path_or_files if known else find_images(path_or_files, check, skip_bad, follow_links, window=window,
+                                                    n_in=n_in)
     splits = random_split(len(files), valid_pct, seed, find_copies(files) if check else ())
     block = image_block(n_in, (w,h), window, background)
-    dblock = DataBlock(block, splitter=lambda o: splits, item_tfms=resize(n_in, (h,w), method))
-    dls = dblock.dataloaders(files, bs=fit_bs(bs, len(splits[0])), num_workers=num_workers, device=device, **kwargs)
+    dblock,items = image_data_block(files, block, splits, resize(n_in, (h,w), method))
+    dls = dblock.dataloaders(items, bs=fit_bs(bs, len(splits[0])), num_workers=num_workers, device=device, **kwargs)
     dls.image_settings = dict(window=window, background=background)
     return dls
 
