@@ -83,7 +83,8 @@ def _check_share(name, value): check_arg(name, value, lambda o: 0<=o<1, 'at leas
 @dataclass
 class PretrainArgs(ImageArgs):
     "Pretrain an encoder on images without labels"
-    source:str # Folder of images, searched recursively; or 'digits' or 'fashion-mnist'
+    # Folder of images, searched recursively; shards, as 'x-{000..099}.tar'; or 'digits' or 'fashion-mnist'
+    source:str
     out:str = option(metavar='FOLDER') # Folder of the run (default: runs/ and the name of the source)
     # Architecture of the encoder: a name of timm, torchvision or fastai (default: resnet18, a smaller one for digits
     # and fashion-mnist)
@@ -141,7 +142,8 @@ class EvaluateArgs(ImageArgs):
     "Compare pretrained encoders with raw pixels, an untrained encoder and training from scratch, on labels"
     # Folder of a run, or the file of its encoder; several: the first is what the others are compared with
     run:list = field(metadata=dict(nargs='+', type=str))
-    source:str # Images with labels: a folder with one folder per class; or 'digits' or 'fashion-mnist'
+    # Images with labels: a folder with one folder per class; shards with .cls; or 'digits' or 'fashion-mnist'
+    source:str
     # Few labels: shares of each class (1%) or numbers per class (10)
     labels:list = option(('1%','10%'), nargs='+', metavar='N|N%', type=str)
     # Draws of the few labels, untrained encoders and trainings; 95 % intervals need 3 or more
@@ -182,7 +184,7 @@ def label_part(
 class EmbedArgs(ImageArgs):
     "Write the features of all images in a folder, with the names of their files"
     run:str # Folder of a run, or the file of its encoder
-    folder:str # Folder of images, searched recursively
+    folder:str # Folder of images, searched recursively; or shards, as 'x-{000..099}.tar'
     # File to write: .npy, with the names in a .csv beside it; .csv, names and features, which is larger; or .parquet
     # (needs pyarrow)
     out:str = option('features.npy', short='o', metavar='FILE')

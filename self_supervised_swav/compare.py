@@ -28,7 +28,7 @@ from .files import check_writable, write_json
 from .models import in_eval
 from .randomness import own_randomness
 from .runs import find_encoder, saved_args, tell_merged
-from .sources import ImageSource
+from .sources import ImageSource, absolute_source
 from .whitening import Whitening
 
 # %% ../nbs/38_compare.ipynb #f4d88629
@@ -309,7 +309,7 @@ class _Files:
         self.names = _names_of(args.run) if len(self.paths)>1 else ['pretrained encoder']
         runs = [_held_out(o.parent) for o in self.paths]
         a,first = args,runs[0]
-        same = [o.get('source') in (a.source,str(Path(a.source).resolve())) for o in runs]
+        same = [o.get('source') in (a.source,absolute_source(a.source)) for o in runs]
         self.split = (first.get('valid_pct', .2) if a.valid_pct is None else a.valid_pct, first.get('seed', 42),
                       first.get('n_images') if a.n_images is None and same[0] else a.n_images)
         others = [name for name,run,own in zip(self.names, runs, same) if own and
@@ -326,7 +326,7 @@ class _Files:
             a = self.args
             images = ImageSource(a.source, *self.split, a.skip_bad, a.follow_links, *json.loads(key))
             if not self.sources: tell_merged(images)
-            elif images.files!=self.first.files:
+            elif list(images.files)!=list(self.first.files):
                 raise ValueError("run must be runs that can read the same files: with the window or background of one "
                                  "some are bad files, and not with that of another")
             self.sources[key] = images

@@ -31,7 +31,8 @@ from .multiview import MultiView, method_of
 from . import report  # noqa: F401  it patches Learner
 from .recipes import Recipe
 from .resume import ResumeTraining, TrainingStopped, fit_progress
-from .sources import ImageSource, split_folders
+from .shards import is_shards
+from .sources import ImageSource, absolute_source, split_folders
 from .whitening import Whitening
 
 # %% ../nbs/37_runs.ipynb #d0bed74a
@@ -372,7 +373,7 @@ def tell_merged(
     images # `ImageSource`
 ):
     "Warn where several folders have the same name, and so become one class"
-    if images.files is None or images.vocab is None: return
+    if images.files is None or images.vocab is None or images.shards: return
     merged = {k: v for k,v in folders_of_classes(images.files, images.source).items() if len(v)>1}
     if not merged: return
     shown = '; '.join(f"{k!r} is {', '.join(v[:4])}{f' and {len(v)-4} more' if len(v)>4 else ''}"
@@ -387,6 +388,11 @@ def _random_parts(dls, sizes=(5000,1000)):
         return dl.new(dataset=subset(dl.dataset, idxs), n=len(idxs), shuffle=False, drop_last=False)
     return DataLoaders(*(part(dl, n) for dl,n in zip(dls, sizes)), device=dls.device)
 
+def _name_of(source):
+    "A name for a run: that of the folder, or of the shards without their numbers"
+    if not (is_shards(source) and source.endswith('.tar')): return Path(source).name
+    return re.sub(r'\{[^}]*\}|\.tar$', '', source.rpartition('/')[2]).strip('-_. ') or 'shards'
+
 class PretrainRun:
     "A pretraining in the folder `out`"
     def __init__(self,
@@ -395,9 +401,9 @@ class PretrainRun:
         **kwargs # Other arguments of `PretrainArgs`, if `args` is the source
     ):
         if not isinstance(args, PretrainArgs): args = PretrainArgs(str(args), out, **kwargs)
-        if args.source not in ImageSource.own: args = replace(args, source=str(Path(args.source).resolve()))
+        args = replace(args, source=absolute_source(args.source))
         if args.init not in (None,'timm'): args = replace(args, init=str(Path(args.init).resolve()))
-        self.out = Path(args.out or Path('runs')/Path(args.source).name)
+        self.out = Path(args.out or Path('runs')/_name_of(args.source))
         check_out(self.out, args.resume)
         self.extends = args.extend
         self.log,self.recipe = args.log,None
@@ -562,7 +568,7 @@ class PretrainRun:
     def _next_steps(self):
         "For the end of the report: what for, and the command"
         out,encoder = shlex.quote(str(self.out)),str(self.out/'encoder.safetensors')
-        folder = 'FOLDER' if self.images.files is None else shlex.quote(str(self.images.source))
+        folder = 'FOLDER' if self.images.files is None or self.images.shards else shlex.quote(str(self.images.source))
         return [
             ('Look through the images: a map, groups, near-duplicates:', f'swav explore {out} {folder} -o map.html'),
             ('A classifier: label a few images on a page, and give the table that comes from it to finetune:',
@@ -615,7 +621,7 @@ class PretrainRun:
         "For the pictures: None for those of the data, or the folder of each training image; False for none"
         if self.images.files is None: return None
         if not self.uses_labels: return False
-        return [self.images.files[i].parent.name for i in self.images.splits[0]]
+        return [self.images.label_of(i) for i in self.images.splits[0]]
 
 def find_encoder(
     run # Folder of a run, or a file of `save_encoder`

@@ -417,6 +417,7 @@ class Shards(Sequence):
 
     def __len__(self): return len(self.offsets)
     def __getitem__(self, i):
+        if isinstance(i, slice): return [self[j] for j in range(*i.indices(len(self)))]
         i = int(i)
         if not 0<=i<len(self): raise IndexError(f"image {i} of {len(self):,}")
         return ShardImage(self, i)
@@ -497,6 +498,11 @@ class ShardLabel(Transform):
 
 class ShardDL(TfmdDL):
     "A `TfmdDL` of numbers of images in shards"
+    def __init__(self,
+        dataset, # `Datasets` of numbers, whose first pipeline has `FromShards`
+        **kwargs # Passed to `TfmdDL`
+    ): super().__init__(dataset, **kwargs)
+
     @property
     def shards(self): return next(o for o in self.dataset.tls[0].tfms.fs if isinstance(o, FromShards)).shards
 

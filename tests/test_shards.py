@@ -16,6 +16,7 @@ from self_supervised_swav import shards as shards_module
 from self_supervised_swav.data import look_at_images, swav_dls
 from self_supervised_swav.images import duplicate_groups, image_info, read_channels, read_image
 from self_supervised_swav.resume import ResumeTraining
+from self_supervised_swav.sources import ImageSource
 from self_supervised_swav.shards import FromShards, ShardDL, Shards, is_shards, shard_names, shard_order
 
 
@@ -436,3 +437,54 @@ def test_fsspec_is_optional(tmp_path, monkeypatch):
     for o in ('fsspec','fsspec.core'): monkeypatch.setitem(sys.modules, o, None)
     assert len(Shards(make(tmp_path))) == 15
     with pytest.raises(ImportError, match='pip install fsspec'): Shards('s3://bucket/a.tar')
+
+def shapes(folder, n=48, named=True):
+    "Shards of small gray pictures of two kinds, labels 0 and 1, which stand in their files' keys, too"
+    rng,members = np.random.default_rng(0),[]
+    for i in range(n):
+        a = rng.integers(0, 60, (16,16), dtype=np.uint8)
+        if i%2: a[4:12,4:12] += 180
+        else: a[::4] += 180
+        f = io.BytesIO()
+        Image.fromarray(a).save(f, 'png')
+        members += [(f'{i:03}.png',f.getvalue()), (f'{i:03}.cls',b'%d' % (i%2))]
+    folder.mkdir()
+    for s in range(2): write(folder/f'two-{s}.tar', members[s*n:(s+1)*n])
+    return str(folder/'two-{0..1}.tar')
+
+def test_commands(tmp_path, command, monkeypatch):
+    "pretrain, stopped and resumed; embed and evaluate: rows by their keys"
+    monkeypatch.chdir(tmp_path)
+    source = shapes(tmp_path/'data')
+    args = ['pretrain', source, '--epochs','1','--labels-from-folders','--num-workers','0','--device','cpu','--bs','16',
+            '--set','encoder.layers=(1,1,1,1)','encoder.channels=(8,8,16,16)']
+    code,out,err = command(*args)
+    assert code==0, err
+    run = tmp_path/'runs'/'two'
+    assert (run/'report.html').exists() and '39 training images of 16 px, 9 held out' in out
+    assert 'largest_class' in (run/'history.csv').read_text()
+    code,out,err = command('pretrain', source, '--out', run, '--resume')
+    assert code==0 and 'training is finished' in out, err
+    code,out,err = command('embed', run, source, '-o', 'x.npy', '--num-workers', '0', '--device', 'cpu')
+    assert code==0 and 'Wrote 48 features' in out, err
+    assert (tmp_path/'x.csv').read_text().split()[:3] == ['file,row','000,0','001,1']
+    code,out,err = command('evaluate', run, source, '--epochs', '0', '--seeds', '1', '--labels', '2', '--k', '3',
+                           '--num-workers', '0', '--device', 'cpu')
+    assert code==0 and 'accuracy on 9 held-out images' in out, err
+    code,out,err = command('explore', run, source)
+    assert code==2 and 'folder must be a folder of images' in err
+
+def test_half_written_shards_at_the_command_line(tmp_path, command):
+    source = shapes(tmp_path/'data')
+    (tmp_path/'data'/'two-1.tar').write_bytes((tmp_path/'data'/'two-1.tar').read_bytes()[:20000])
+    code,out,err = command('pretrain', source, '--device', 'cpu', '--out', tmp_path/'run')
+    assert code==2 and 'two-1.tar' in err and 'Pass --skip-bad to use' in err and not (tmp_path/'run').exists()
+
+def test_parts_and_missing_labels(tmp_path):
+    members = [(f'{part}/{i}.png',png(i)) for part in ('train','valid') for i in range(4)]
+    source = ImageSource(write(tmp_path/'a.tar', members))
+    assert [[source.files[i].key[:5] for i in o] for o in source.splits] == [['train']*4,['valid']*4]
+    with pytest.raises(ValueError, match='each image must have its .cls beside it'): source.check_labels()
+    labels = [(f'{part}/{i}.cls',b'ab'[i%2:][:1]) for part in ('train','valid') for i in range(3)]
+    with pytest.raises(ValueError, match='must have a label for each image; without one: 2 images'):
+        ImageSource(write(tmp_path/'b.tar', members+labels)).check_labels()
