@@ -44,6 +44,7 @@ from .explore import *
 from .select import *
 from .label import *
 from .finetune import *
+from .prepare import *
 
 # The modules hold more names, for those who build on them: `from self_supervised_swav.drawings import draw_image`
 __all__ = [

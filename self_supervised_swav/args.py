@@ -6,7 +6,7 @@
 __all__ = ['loggers', 'export_formats', 'option', 'check_arg', 'check_least', 'check_device', 'int_or_auto', 'MachineArgs',
            'ImageArgs', 'PretrainArgs', 'EvaluateArgs', 'label_part', 'EmbedArgs', 'ReplayArgs', 'GroupArgs',
            'SortArgs', 'ExploreArgs', 'SelectArgs', 'LabelArgs', 'FinetuneArgs', 'PredictArgs', 'ExportArgs',
-           'DoctorArgs', 'versions']
+           'PrepareArgs', 'DoctorArgs', 'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
 import platform
@@ -367,6 +367,25 @@ class ExportArgs:
         if self.format not in _programs and (self.size or self.normalize):
             name,value = ('size',self.size) if self.size else ('normalize',True)
             raise ValueError(f"{name}={value} is for {' and '.join(_programs)}, got format={self.format}")
+
+# %% ../nbs/17_args.ipynb #5a4d1701
+@dataclass
+class PrepareArgs:
+    "Pack the images of a folder as shards: decoded, checked, turned upright and shrunk once"
+    folder:str # Folder of images, searched recursively
+    out:str = option('shards', short='o', metavar='FOLDER') # Folder to write; the same command goes on after a stop
+    size:int = option(256, metavar='PX') # Shorter side of the images; smaller ones stay as they are
+    quality:int = option(90, metavar='N') # Quality of JPEG, 1 to 100; transparency and 16 bits are written as PNG
+    per_shard:int = option(5000, metavar='N') # Images in a shard
+    labels_from_folders:bool = False # Write the names of the folders as labels
+    skip_bad:bool = False # Leave out files that are not readable images
+    follow_links:bool = False # Take what symbolic links to places outside the folder lead to
+    num_workers:int = option(metavar='N') # Threads (default: one per core, at most 16)
+
+    def __post_init__(self):
+        for name,least in (('size',1), ('quality',1), ('per_shard',1), ('num_workers',1)):
+            check_least(name, getattr(self, name), least)
+        check_arg('quality', self.quality, lambda o: o<=100, 'at most 100')
 
 # %% ../nbs/17_args.ipynb #d0c70002
 @dataclass

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 'exit_codes', 'command', 'pretrain', 'evaluate',
-           'embed', 'replay', 'sort', 'explore', 'select', 'label', 'finetune', 'predict', 'export', 'doctor',
-           'create_parser', 'main', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
+           'embed', 'replay', 'sort', 'explore', 'select', 'label', 'finetune', 'predict', 'export', 'prepare',
+           'doctor', 'create_parser', 'main', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
 
 # %% ../nbs/49_cli.ipynb #7e5919ff
 import argparse, re, shlex, signal, sys, warnings
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from .args import (DoctorArgs, EmbedArgs, EvaluateArgs, ExploreArgs, ExportArgs, FinetuneArgs,
-                                       LabelArgs, PredictArgs, PretrainArgs, ReplayArgs, SelectArgs, SortArgs, versions)
+                                       LabelArgs, PredictArgs, PrepareArgs, PretrainArgs, ReplayArgs, SelectArgs,
+                                       SortArgs, versions)
 
 # %% ../nbs/49_cli.ipynb #a28b3f62
 def flag_of(
@@ -220,6 +221,20 @@ def export(args):
     print(f'Wrote {export_encoder(args.run, args.out, args.format, args.size, args.normalize)}')
     if args.card: print(f'Wrote {write_card(args.run, args.card, **about)}')
 
+# %% ../nbs/49_cli.ipynb #5a4d4901
+@command(PrepareArgs)
+def prepare(args):
+    "`swav prepare`"
+    from self_supervised_swav.prepare import prepare_shards
+    try: about = prepare_shards(args)
+    except KeyboardInterrupt as e:
+        e.args = ("stopped; the same command goes on",)
+        raise
+    n,k = about['images'],len(about['shards'])
+    left_out = f"; {about['bad']:,} bad files left out" if about['bad'] else ''
+    print(f"Wrote {args.out}: {n:,} images in {k:,} shard{'s'*(k>1)}, {about['bytes']/1e6:,.1f} MB{left_out}; next: "
+          + shlex.join(['swav', 'pretrain', args.out]))
+
 # %% ../nbs/49_cli.ipynb #d0c70003
 @command(DoctorArgs)
 def doctor(args):
@@ -237,6 +252,7 @@ _epilog = """examples:
   swav pretrain photos --resume         after Ctrl-C or a crash
   swav pretrain photos --init runs/old  go on from the weights of another run, or of timm
   swav pretrain photos --resume --extend 50   50 epochs more, after the last
+  swav prepare photos -o shards         pack a large folder once; then swav pretrain shards
   swav evaluate runs/photos labeled     labeled/ holds one folder per class
   swav evaluate runs/old runs/new labeled   is the new run better?
   swav embed runs/photos more_photos -o features.npy

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['escape_name', 'unescape_name', 'csv_name', 'write_csv', 'count_of', 'image_files', 'StoredImage', 'duplicate_groups',
-           'check_window', 'to_unit', 'ImageInfo', 'image_info', 'check_color_name', 'read_image', 'read_channels',
-           'viewable']
+           'check_window', 'to_unit', 'ImageInfo', 'image_info', 'check_color_name', 'read_image', 'upright_image',
+           'read_channels', 'viewable']
 
 # %% ../nbs/14_images.ipynb #73d06d8d
 import csv, hashlib, io, math, os, re, warnings
@@ -352,6 +352,25 @@ def read_image(
         im.load()
         res = _deep_image(im, window) if _is_deep(im) else _over(im, background) if _is_transparent(im) else im
         res = res.convert(mode)
+        return res.transpose(_turns[orientation]) if orientation in _turns else res
+
+def upright_image(
+    fn, # Image file, or a `StoredImage`
+    min_size=None # (width,height) that is enough, as for `read_image`
+)->Image.Image|None: # Of mode L, RGB, LA, RGBA or I;16; None where those cannot hold it: read it as an array
+    "An image with its transparency and its 16 bits, turned upright"
+    im = _open_image(fn)
+    if im is None: return
+    with im:
+        is_odd = _is_deep(im) and (_tag(im, 258, (16,))[0]!=16 or _tag(im, 262, 1)==0 or im.mode=='F'
+                                   or im.mode=='I' and im.format not in ('PNG','PPM'))
+        if is_odd or _channels(im) not in (1,3): return
+        orientation = _orientation(im)
+        if min_size: im.draft(im.mode, min_size[::-1] if orientation in (5,6,7,8) else min_size)
+        im.load()
+        if _is_deep(im): res = Image.fromarray(np.asarray(im).astype(np.uint16))
+        elif _is_transparent(im): res = im.convert('LA' if im.mode in ('LA','La') else 'RGBA')
+        else: res = im.convert('L' if _channels(im)==1 else 'RGB')
         return res.transpose(_turns[orientation]) if orientation in _turns else res
 
 def read_channels(

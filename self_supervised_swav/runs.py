@@ -156,7 +156,7 @@ class TellDataWait(Callback):
         more = f"a machine with more than {cores} cores"
         if n<min(16, cores): more = f"num_workers={min(16, cores)} (now {n})"
         warnings.warn(f"{share:.0%} of the training time is spent waiting for images. Try {more}, or images that are "
-                      "stored smaller, at the size that is trained on, on a fast disk", stacklevel=2)
+                      "stored smaller, at the size that is trained on (swav prepare), on a fast disk", stacklevel=2)
 
 # %% ../nbs/37_runs.ipynb #dfb8a2a7
 def import_logger(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shard_names', 'Member', 'tar_members', 'Texts', 'key_and_extension', 'make_index', 'write_index', 'read_index',
-           'is_address', 'ShardImage', 'is_shards', 'open_shards', 'Shards', 'shard_order', 'FromShards', 'ShardLabel',
-           'ShardDL']
+           'is_address', 'shard_stamp', 'ShardImage', 'is_shards', 'open_shards', 'Shards', 'shard_order', 'FromShards',
+           'ShardLabel', 'ShardDL']
 
 # %% ../nbs/15_shards.ipynb #5a4d0003
 import hashlib, json, os, re, tarfile, warnings, zlib
@@ -183,9 +183,7 @@ def write_index(
     "Write an index as an archive of arrays"
     arrays = {k: v for k,v in index.items() if isinstance(v, np.ndarray)}
     about = json.dumps(dict(version=1, stamp=stamp, left_out=index['left_out'][:1000])).encode('utf-8', 'surrogatepass')
-    mine = Path(path).with_name(f'{Path(path).name}-{os.getpid()}')  # other ranks may write the same
-    with atomic_path(mine) as p, open(p, 'wb') as f: np.savez(f, about=np.frombuffer(about, np.uint8), **arrays)
-    os.replace(mine, path)
+    with atomic_path(path) as p, open(p, 'wb') as f: np.savez(f, about=np.frombuffer(about, np.uint8), **arrays)
 
 def _fits(o, size):
     "Could this be the index of a shard of `size` bytes?"
@@ -222,13 +220,19 @@ def _filesystem(path):
     except ImportError as e: raise ImportError(f"{path} is read by fsspec: pip install fsspec") from e
     return url_to_fs(path)
 
+def shard_stamp(
+    path # A shard on this machine
+)->str: # Its size and the time of its last change
+    "What identifies the contents of a shard"
+    o = os.stat(path)
+    return f'{o.st_size} {o.st_mtime_ns}'
+
 class _LocalShard:
     "A shard on this machine"
     n_open,most_open = 0,256
     def __init__(self, path):
         self.path = str(path)
-        o = os.stat(self.path)
-        self.size,self.stamp = o.st_size,f'{o.st_size} {o.st_mtime_ns}'
+        self.size,self.stamp = os.path.getsize(self.path),shard_stamp(self.path)
         self.id,self.beside_stamp = os.path.abspath(self.path),self.stamp
 
     def open(self): return open(self.path, 'rb')
@@ -292,7 +296,10 @@ def _index_of(shard, ext=None):
     if found: return found
     with shard.open() as f: found = make_index(f, shard.size, ext)
     if found['fault'] is None:
-        try: write_index(found, shard.stamp, cached)
+        mine = cached.with_suffix(f'.{os.getpid()}')  # other ranks may write the same
+        try:
+            write_index(found, shard.stamp, mine)
+            os.replace(mine, cached)
         except OSError: pass  # then it is made each time
     return found
 
@@ -341,7 +348,9 @@ def open_shards(
 
 def _shard_paths(source):
     if isinstance(source, (str,Path)) and not str(source).endswith('.tar'):
-        names = [o['name'] for o in _prepared(source)['shards']]
+        about = _prepared(source)
+        if not about.get('complete'): raise ValueError(f"{source} is not finished: repeat its swav prepare")
+        names = [o['name'] for o in about['shards'] if o['images']]
         if any(os.path.basename(o)!=o for o in names): raise ValueError(f"{source}/shards.json names files elsewhere")
         return [str(Path(source)/o) for o in names]
     return [o for text in ([source] if isinstance(source, (str,Path)) else source) for o in shard_names(text)]
@@ -402,7 +411,7 @@ class Shards(Sequence):
     def _agrees(self, about):
         "Is `about`, what a `shards.json` says, about these shards?"
         sizes = {o['name']: o['bytes'] for o in about.get('shards', ())}
-        return bool(sizes) and all(sizes.get(os.path.basename(o.path))==o.size for o in self.files)
+        return bool(about.get('complete')) and all(sizes.get(os.path.basename(o.path))==o.size for o in self.files)
 
     def _name_labels(self):
         "Numbers become names where `shards.json` has them, and classes are in the order of their names"
