@@ -97,9 +97,10 @@ def _nt_xent_block(q, keys, first, is_pair, temp, scale, grad_q, grad_keys):
 def _check_embeddings(name, x, ndim, shape):
     if x.ndim!=ndim or not x.is_floating_point():
         raise ValueError(f"{name} must be floating point of the shape {shape}, got {tuple(x.shape)} of {x.dtype}")
+    if not x.numel(): raise ValueError(f"{name} must have the shape {shape}, all positive, got {tuple(x.shape)}")
 
 def _check_temp(temp):
-    if not temp>0: raise ValueError(f"temp must be positive, got {temp}")
+    if not 1e-30<=temp<=1e30: raise ValueError(f"temp must be positive, from 1e-30 to 1e30, got {temp}")
 
 def _check_ids(name, ids, n):
     if not ids or len(set(ids))!=len(ids) or not all(isinstance(i, int) and 0<=i<n for i in ids):
@@ -108,7 +109,8 @@ def _check_ids(name, ids, n):
 def _unit(x):
     "Rows of unit norm; they are scaled first, since the square of a large or a tiny number is no number of its type"
     x = x if x.dtype==torch.float64 else x.float()
-    return F.normalize(x/x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny), dim=-1)
+    top = x.detach().abs().amax(-1, keepdim=True)
+    return F.normalize(x.contiguous()/torch.where(top>0, top, 1), dim=-1)
 
 def nt_xent(
     embeddings:torch.Tensor, # (V,B,d) embeddings of V crops of B images, at least 2 of each; rows are normalized here

@@ -66,11 +66,17 @@ def spherical_kmeans(
     "Cluster unit vectors by cosine (Caron et al. 2020, Appendix D)"
     if x.ndim!=2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point of the shape (n,d), got {tuple(x.shape)} of {x.dtype}")
-    if n_iters<1: raise ValueError(f"n_iters must be at least 1, got {n_iters}")
-    sizes = [int(n) for n, in exchange(len(x), device=x.device, group=group)]
-    if not 1<=k<=sum(sizes): raise ValueError(f"k must be between 1 and the number of vectors, {sum(sizes)}, got {k}")
+    if n_iters<1 or n_iters%1: raise ValueError(f"n_iters must be a whole number, at least 1, got {n_iters}")
+    n_iters = int(n_iters)
+    sizes,finite = zip(*exchange(len(x), int(x.isfinite().all()), device=x.device, group=group))
+    sizes = list(map(int, sizes))
+    if not all(finite): raise ValueError("x must be finite, got NaN or an infinite value")
+    if not (isinstance(k, int) and k is not True and 1<=k<=sum(sizes)):
+        raise ValueError(f"k must be a whole number between 1 and the number of vectors, {sum(sizes)}, got {k}")
     if init is not None and init.shape!=(k,x.shape[1]):
         raise ValueError(f"init must have the shape {(k,x.shape[1])}, got {tuple(init.shape)}")
+    if init is not None and not init.isfinite().all():
+        raise ValueError("init must be finite, got NaN or an infinite value")
     if ids is None: ids = torch.arange(len(x), device=x.device)+(sum(sizes[:dist.get_rank(group)]) if group else 0)
     prototypes = _first_prototypes(x, k, seed, ids, sizes, group) if init is None else init.to(x)
     for _ in range(n_iters):

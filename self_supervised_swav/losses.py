@@ -103,6 +103,7 @@ def swapped_loss(
         raise ValueError(f"assign_ids must be different indices of the {len(scores)} crops, got {assign_ids}")
     if codes.shape!=(len(assign_ids),*scores.shape[1:]):
         raise ValueError(f"codes must have the shape {(len(assign_ids),*scores.shape[1:])}, got {tuple(codes.shape)}")
+    if codes.is_complex(): raise ValueError(f"codes must be real numbers, got {codes.dtype}")
     if not temp>=1e-30: raise ValueError(f"temp must be positive, at least 1e-30, got {temp}")
     if bound is not None and not bound>0: raise ValueError(f"bound must be positive, got {bound}")
     if scores.dtype!=torch.float64: scores = scores.float()

@@ -8,10 +8,11 @@ from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, set_se
 from fastai.vision.augment import Normalize
 from fastai.vision.core import imagenet_stats
 from fasttransform import Pipeline, Transform
-from hypothesis import given, settings, strategies as st
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from fuzz import fuzz
 from helpers import needs_pretended_gpu, rounding
 from self_supervised_swav.augment import (BatchAugment, ExactAugment, MultiCrop, get_batch_augs,
                                           get_multi_aug_pipelines,
@@ -455,9 +456,8 @@ def test_no_synchronization(c):
         y = MultiCrop(pipes).cut(x)
         assert [tuple(o.shape) for o in y]==[(8,c,32,32)]*2 + [(8,c,16,16)]*6 and all(o.device.type=='cuda' for o in y)
 
-@settings(max_examples=60, deadline=None)
-@given(b=st.integers(0,3), c=st.sampled_from([1,3]), h=st.integers(1,40), w=st.integers(1,40), size=st.integers(1,40),
-       n=st.integers(1,3),
+@fuzz(60, b=st.integers(0,3), c=st.sampled_from([1,3]), h=st.integers(1,40), w=st.integers(1,40),
+      size=st.integers(1,40), n=st.integers(1,3),
        lo=st.floats(.01,1), same=st.booleans(), rotate=st.booleans())
 def test_any_shape(b, c, h, w, size, n, lo, same, rotate):
     aug = FusedAugment(size, (lo,1.), rotate_p=.5*rotate, same_on_batch=same)

@@ -1,8 +1,9 @@
 "NT-Xent and InfoNCE against their definitions in float64, against lightly, across processes, and at extremes."
 import math
 import pytest, torch, torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import strategies as st
 from lightly.loss import NTXentLoss
+from fuzz import fuzz
 from helpers import rounding
 from self_supervised_swav.collectives import world
 from self_supervised_swav.contrastive import info_nce, nt_xent
@@ -38,8 +39,7 @@ def info_nce_by_pairs(q, k, queue, temp, ids):
     return torch.stack([cross_entropy_of_pair(q[v,b], k[a,b], queue[a], temp) for a,
                         i in enumerate(ids) for v in range(V) if v!=i for b in range(B)]).mean()
 
-@given(V=st.integers(2, 5), B=st.integers(2, 7), d=st.integers(1, 9), temp=st.floats(.005, 2), data=st.data())
-@settings(max_examples=60, deadline=None)
+@fuzz(60, V=st.integers(2, 5), B=st.integers(2, 7), d=st.integers(1, 9), temp=st.floats(.005, 2), data=st.data())
 def test_nt_xent_is_its_definition(V, B, d, temp, data):
     ids = data.draw(st.lists(st.integers(0, V-1), min_size=1, max_size=V, unique=True))
     z = torch.randn(V, B, d, dtype=torch.double)
@@ -48,9 +48,8 @@ def test_nt_xent_is_its_definition(V, B, d, temp, data):
     check_equal(value_and_grads(lambda z: nt_xent(z, temp, ids), z),
                 value_and_grads(lambda z: nt_xent_by_pairs(z, temp, ids), z), atol)
 
-@given(V=st.integers(2, 5), B=st.integers(1, 7), K=st.integers(1, 40), d=st.integers(1, 9), temp=st.floats(.005, 2),
+@fuzz(60, V=st.integers(2, 5), B=st.integers(1, 7), K=st.integers(1, 40), d=st.integers(1, 9), temp=st.floats(.005, 2),
        data=st.data())
-@settings(max_examples=60, deadline=None)
 def test_info_nce_is_its_definition(V, B, K, d, temp, data):
     ids = data.draw(st.lists(st.integers(0, V-1), min_size=1, max_size=V, unique=True))
     A = len(ids)
@@ -177,7 +176,7 @@ def test_peak_is_one_matrix():
     assert largest <= 4*V*B*V*B
 
 @pytest.mark.parametrize('f,says', [
-    (lambda: nt_xent(torch.randn(2,3,4), temp=0), 'temp must be positive, got 0'),
+    (lambda: nt_xent(torch.randn(2,3,4), temp=0), 'temp must be positive, from 1e-30 to 1e30, got 0'),
     (lambda: nt_xent(torch.randn(3,4)), r'embeddings must be floating point of the shape \(V,B,d\)'),
     (lambda: nt_xent(torch.randn(1,3,4), large_ids=(0,)), 'at least two crops of each image, got 1'),
     (lambda: nt_xent(torch.randn(2,1,4)), 'at least two images'),
@@ -187,7 +186,6 @@ def test_peak_is_one_matrix():
     (lambda: info_nce(torch.randn(3,4), torch.randn(3,4), torch.randn(0,4)), 'queue must have the shape'),
     (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), key_ids=(0,1)), 'key_ids must name '
                                                                                                   'the crops'),
-    (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), temp=-1), 'temp must be positive, '
-                                                                                            'got -1')])
+    (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), temp=-1), 'temp must be positive, .* got -1')])
 def test_bad_settings(f, says):
     with pytest.raises(ValueError, match=says): f()

@@ -95,8 +95,9 @@ def test_processes_equal_one(size, k, n_empty, tmp_path):
     assert torch.equal(torch.cat([o[1] for o in got]), labels)
     torch.testing.assert_close(torch.cat([o[2] for o in got]), cosines, atol=1e-5, rtol=0)
 
-@pytest.mark.parametrize('kwargs,says', [(dict(k=0),'k must be between'), (dict(k=9),'number of vectors, 8, got 9'),
-                                         (dict(k=2,n_iters=0),'n_iters must be at least 1'),
+@pytest.mark.parametrize('kwargs,says', [(dict(k=0),'k must be a whole number between'),
+                                         (dict(k=9),'number of vectors, 8, got 9'),
+                                         (dict(k=2,n_iters=0),'n_iters must be a whole number, at least 1'),
     (dict(k=2,init=torch.zeros(3,4)),r'init must have the shape \(2, 4\)')])
 def test_bad_settings(kwargs, says):
     with pytest.raises(ValueError, match=says): spherical_kmeans(F.normalize(torch.randn(8, 4), dim=1), **kwargs)

@@ -1,7 +1,8 @@
 "`swav_recipe` over the whole range of its arguments: what its rules promise, and what it refuses."
 import math
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import strategies as st
+from fuzz import fuzz
 from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.learner import setting_groups
 from self_supervised_swav.multiview import method_named
@@ -16,8 +17,7 @@ def arguments(draw):
     return dict(n_images=n, bs=draw(st.integers(2, max(2, min(8192, n//world_size)))), image_size=size,
                 n_classes=draw(st.one_of(st.none(), st.integers(1, 30_000))), world_size=world_size)
 
-@settings(max_examples=300, deadline=None)
-@given(arguments())
+@fuzz(300, args=arguments())
 def test_rules_hold_for_any_data(args):
     r,n,B = swav_recipe(**args),args['n_images'],args['bs']*args['world_size']
     K,protos,size = r['swav']['K'] or 0,r['model']['n_protos'],args['image_size']
