@@ -8,6 +8,7 @@ __all__ = ['simclr_learner', 'deepcluster_learner', 'Start', 'start_of', 'check_
 
 # %% ../nbs/31_learner.ipynb #71403cd3
 import difflib, inspect, math, re, warnings
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -230,6 +231,37 @@ def _check_recipe(method, recipe):
     others = [o for o in methods if o in recipe and o!=method]
     if others: raise ValueError(f"recipe must be one of {method}, got one of {', '.join(others)}")
 
+@contextmanager
+def _naming(given, arch=None):
+    "An error that names none of the settings `given`, nor `arch`, becomes one that shows them"
+    try: yield
+    except Exception as e:  # an architecture may raise anything
+        tb = e.__traceback__
+        while tb.tb_next: tb = tb.tb_next
+        is_ours = tb.tb_frame.f_globals.get('__name__', '').startswith('self_supervised_swav.')
+        if not given or is_ours and any(o in str(e) for o in (*given, arch) if o): raise
+        shown = ', '.join(f'{k}={v!r}'[:80] for k,v in given.items())
+        raise ValueError(f"settings must fit each other and their functions, got {shown} ({type(e).__name__}: "
+                         f"{str(e)[:200]})") from e
+
+def _is_number(o, least): return isinstance(o, (int,float)) and not isinstance(o, bool) and least<=o<math.inf
+
+def _check_learner(given):
+    "Raise for arguments of a Learner that it would find wrong only in the fit"
+    def check(name, ok, allowed):
+        if given.get(name) is not None and not ok(given[name]):
+            raise ValueError(f"{name} must be {allowed}, got {given[name]!r}")
+    for name in ('opt_func','loss_func','splitter'): check(name, callable, 'a function')
+    for name in ('train_bn','wd_bn_bias','default_cbs'): check(name, lambda o: isinstance(o, (bool,int)), 'True or False')
+    for name in ('path','model_dir'): check(name, lambda o: isinstance(o, (str,Path)) and '\0' not in str(o), 'a path')
+    def is_rate(o): return all(x is None or _is_number(x, 0) and x>0 for x in (o.start,o.stop)) if isinstance(o, slice) else \
+        _is_number(o, 0) and o>0
+    check('lr', is_rate, 'a positive number, or a slice of two')
+    check('wd', lambda o: _is_number(o, 0), 'a number, at least 0')
+    check('moms', lambda o: isinstance(o, (tuple,list)) and len(o)==3 and all(_is_number(x, 0) and x<1 for x in o),
+          'three numbers, at least 0 and less than 1')
+    check('metrics', lambda o: all(map(callable, o if isinstance(o, (list,tuple)) else [o])), 'functions')
+
 def check_settings(
     arch, # Architecture of the encoder
     method:str='swav', # Name of the method
@@ -245,16 +277,20 @@ def check_settings(
     given = _sort_settings(method, {k: v for k,v in kwargs.items() if k not in own})
     given['encoder'].update(encoder or {})
     start = start_of(init, arch, given['encoder'])
-    recipe = _own_recipe(parts, given, n_images=10_000_000, bs=bs, image_size=image_size or 224)
+    with _naming(given['model'] | given[method]):
+        recipe = _own_recipe(parts, given, n_images=10_000_000, bs=bs, image_size=image_size or 224)
     arch,recipe = _started(start, arch, recipe, given, True, n_in)
     recipe = recipe.override(**given)
     recipe.put('encoder', 'n_in', recipe['encoder'].get('n_in', n_in or 3), 'a guess')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of what disappoints with these guesses
-        parts.callback(parts.get_aug_pipelines(**recipe['augs']), **recipe[method])
-        encoder = _create_encoder(arch, recipe, given['encoder'])
+        with _naming(given['augs'] | given[method]):
+            parts.callback(parts.get_aug_pipelines(**recipe['augs']), **recipe[method])
+        _check_learner(given['learner'])
+        with _naming(given['start']): _start_slowly(dict(given['learner']), given['start'])
+        with _naming(given['encoder'], arch): encoder = _create_encoder(arch, recipe, given['encoder'])
         if start and start.path: _load_start(start, encoder)
-        parts.create_model(encoder, **recipe['model'])
+        with _naming(given['model']): parts.create_model(encoder, **recipe['model'])
 
 def _started(start, arch, recipe, given, own_recipe, n_in):
     "The architecture and the recipe of an encoder that starts from trained weights"

@@ -11,7 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 import torch
 from torch import nn
-from .checkpoints import checkpoint_tensors
+from .checkpoints import checkpoint_tensors, n_bytes, plan_network
 from .deepcluster import create_deepcluster_model
 from .encoders import create_timm_encoder
 from .files import atomic_path, check_writable
@@ -30,11 +30,11 @@ def _our_name(name):
     if name.startswith('heads.'): name = name.split('.', 2)[-1]
     if name.startswith('encoder_k.') or name in ('queue','queue_ptr'): return None
     first,_,rest = name.partition('.')
-    if first=='projection_head': return f'projector.{rest}' if rest[0].isdigit() else f'projector.0.{rest}'
+    if first=='projection_head': return f'projector.{rest}' if rest[:1].isdigit() else f'projector.0.{rest}'
     if first=='prototypes' and rest=='weight': return 'prototypes.0.weight'
     if first=='prototypes': first,_,rest = rest.partition('.')
-    if first.startswith('prototypes'): return f'prototypes.{first.removeprefix("prototypes")}.{rest}'
-    if first=='fc': return f'projector.{rest if rest[0].isdigit() else f"0.{rest}"}' if is_moco else None
+    if m := re.fullmatch(r'prototypes(\d{1,3})', first): return f'prototypes.{m[1]}.weight' if rest=='weight' else None
+    if first=='fc': return f'projector.{rest if rest[:1].isdigit() else f"0.{rest}"}' if is_moco else None
     return f'encoder.{name}' if first.startswith(('conv','bn','layer')) else None
 
 # %% ../nbs/45_published.ipynb #ef6509bb
@@ -70,12 +70,21 @@ def _resnet_of(shapes, where):
     return arch,args | dict(n_in=n_in)
 
 # %% ../nbs/45_published.ipynb #bef9d41f
+def _check_head(head, width, parts, where):
+    "Raise where projector and prototypes would take far more memory than their tensors in the file"
+    d,n,h = head['projection_size'],head['nlayers'],head['hidden_size']
+    protos = parts['prototypes']
+    if any(o.ndim!=2 for o in protos.values()): raise ValueError(f"{where} must hold prototypes (K,d), it does not")
+    wanted = (width if n>1 else 0)*h+max(0, n-2)*h*h+(h if n>1 else width)*d+sum(len(o)*d for o in protos.values())
+    if 4*wanted>4*n_bytes([*parts['projector'].values(),*protos.values()])+(1<<28):
+        raise ValueError(f"{where} asks for far more memory for its head than its tensors take")
+
 def _projector_of(shapes, where):
     "Arguments of the projector that has tensors of `shapes`"
-    linear = sorted((int(k.split('.')[0]),o) for k,o in shapes.items() if k.endswith('.weight') and len(o)==2)
+    linear = sorted((int(m[1]),o) for k,o in shapes.items() if (m := re.fullmatch(r'(\d{1,3})\.weight', k)) and len(o)==2)
     bn = any(k.endswith('.running_mean') for k in shapes)
     step = 3 if bn else 2
-    if [i for i,_ in linear]!=[step*j for j in range(len(linear))]:
+    if not linear or [i for i,_ in linear]!=[step*j for j in range(len(linear))]:
         raise ValueError(f"{where} must have a projector of linear layers, batch norm or none, and ReLU, got "
                          f"{list(shapes)[:8]}")
     return dict(hidden_size=linear[0][1][0], projection_size=linear[-1][1][0], bn=bn, nlayers=len(linear))
@@ -119,9 +128,11 @@ def load_swav_checkpoint(
         names = {k: None if '.clf.' in k else nm for k,nm in names.items()}
     parts = {o: {} for o in ('encoder','projector','prototypes')}
     for k,nm in names.items():
+        if nm and not raw[k].numel(): nm = names[k] = None  # no tensor of a network is empty
         if nm: parts[nm.split('.')[0]][nm.partition('.')[2]] = raw[k]
     unexpected = [k for k,nm in names.items() if nm is None]
     arch,args = _resnet_of({k: tuple(v.shape) for k,v in parts['encoder'].items()}, path)
+    plan_network(dict(library='timm', arch=arch, args=args), parts['encoder'], f"{path} holds no ResNet of its shapes")
     model = create_timm_encoder(arch, pretrained=False, **args)
     tensors = {f'encoder.{k}': v for k,v in parts['encoder'].items()}
     alone = encoder_only or not parts['projector']
@@ -130,6 +141,7 @@ def load_swav_checkpoint(
         found = _account(nn.ModuleDict(dict(encoder=model)), tensors, unexpected)
     else:
         head = _projector_of({k: tuple(v.shape) for k,v in parts['projector'].items()}, path)
+        _check_head(head, model.num_features, parts, path)
         tensors |= {f'projector.{k}': v for k,v in parts['projector'].items()}
         protos = [parts['prototypes'][k] for k in sorted(parts['prototypes'], key=lambda k: int(k.split('.')[0]))]
         n = [len(o) for o in protos]

@@ -82,3 +82,47 @@ def tensors(draw, ndim=None, shape=None, most=6, types=dtypes, kinds=contents):
 
 numbers = st.one_of(st.floats(.01, 10), st.floats(), st.integers(-3, 10), st.sampled_from([1e-30,1e-300,5e-324,1e308]))
 counts = st.one_of(st.integers(1, 6), st.integers(-2, 9), st.sampled_from([0,1.5,True,float('nan')]))
+
+# --- files ------------------------------------------------------------------------------------------------------------
+@st.composite
+def changes(draw, most=4):
+    "A function that changes some bytes: flips, cuts, doubles, takes out, or writes what numbers and texts have"
+    edits = draw(st.lists(st.tuples(st.sampled_from(('flip','cut','double','drop','write')), st.floats(0, 1),
+                                    st.integers(0, 255), st.integers(1, 40)), min_size=1, max_size=most))
+    def change(data):
+        b = bytearray(data)
+        for what,place,value,n in edits:
+            i = int(place*len(b))
+            if what=='flip' and b: b[min(i, len(b)-1)] ^= 1<<value%8
+            if what=='cut': del b[i:]
+            if what=='double': b[i:i] = b[i:i+n]
+            if what=='drop': del b[i:i+n]
+            if what=='write': b[i:i+n] = bytes([value])*n
+        return bytes(b)
+    return change
+
+odd_values = st.one_of(st.none(), st.booleans(), st.integers(), st.sampled_from([-1,0,1,2**31,2**63,10**30]),
+                       st.floats(), st.text(max_size=5), st.lists(st.integers(-2, 3), max_size=3), st.just({}),
+                       st.sampled_from(['resnet18','timm','hf-hub:a/b','/etc/passwd','../x']))
+
+def paths(o, at=()):
+    "The places in nested dicts and lists"
+    yield at
+    if isinstance(o, (dict,list,tuple)):
+        for k in (o if isinstance(o, dict) else range(len(o))): yield from paths(o[k], (*at,k))
+
+def changed_at(o, at, value, remove=False):
+    "A copy of nested dicts and lists with another value, or none, at a place"
+    if not at: return value
+    if isinstance(o, dict):
+        rest = {k: v for k,v in o.items() if k!=at[0]}
+        return rest if remove and len(at)==1 else rest | {at[0]: changed_at(o[at[0]], at[1:], value, remove)}
+    return type(o)(changed_at(v, at[1:], value, remove) if i==at[0] else v for i,v in enumerate(o))
+
+@st.composite
+def other_versions(draw, o, values=odd_values):
+    "`o`, nested dicts and lists, with one to three values changed or taken out"
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.sampled_from(list(paths(o))))
+        o = changed_at(o, at, draw(values), draw(st.booleans()))
+    return o

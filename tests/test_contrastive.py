@@ -186,6 +186,7 @@ def test_peak_is_one_matrix():
     (lambda: info_nce(torch.randn(3,4), torch.randn(3,4), torch.randn(0,4)), 'queue must have the shape'),
     (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), key_ids=(0,1)), 'key_ids must name '
                                                                                                   'the crops'),
-    (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), temp=-1), 'temp must be positive, .* got -1')])
+    (lambda: info_nce(torch.randn(2,3,4), torch.randn(1,3,4), torch.randn(1,5,4), temp=-1),
+     'temp must be positive, .* got -1')])
 def test_bad_settings(f, says):
     with pytest.raises(ValueError, match=says): f()
