@@ -252,11 +252,10 @@ def _check_learner(given):
         if given.get(name) is not None and not ok(given[name]):
             raise ValueError(f"{name} must be {allowed}, got {given[name]!r}")
     for name in ('opt_func','loss_func','splitter'): check(name, callable, 'a function')
-    for name in ('train_bn','wd_bn_bias','default_cbs'): check(name, lambda o: isinstance(o, (bool,int)), 'True or False')
+    for name in ('train_bn','wd_bn_bias','default_cbs'): check(name, lambda o: o in (0,1), 'True or False')
     for name in ('path','model_dir'): check(name, lambda o: isinstance(o, (str,Path)) and '\0' not in str(o), 'a path')
-    def is_rate(o): return all(x is None or _is_number(x, 0) and x>0 for x in (o.start,o.stop)) if isinstance(o, slice) else \
-        _is_number(o, 0) and o>0
-    check('lr', is_rate, 'a positive number, or a slice of two')
+    def ends(o): return [x for x in (o.start,o.stop) if x is not None] if isinstance(o, slice) else [o]
+    check('lr', lambda o: all(_is_number(x, 0) and x>0 for x in ends(o)), 'a positive number, or a slice of two')
     check('wd', lambda o: _is_number(o, 0), 'a number, at least 0')
     check('moms', lambda o: isinstance(o, (tuple,list)) and len(o)==3 and all(_is_number(x, 0) and x<1 for x in o),
           'three numbers, at least 0 and less than 1')

@@ -81,7 +81,8 @@ def _check_head(head, width, parts, where):
 
 def _projector_of(shapes, where):
     "Arguments of the projector that has tensors of `shapes`"
-    linear = sorted((int(m[1]),o) for k,o in shapes.items() if (m := re.fullmatch(r'(\d{1,3})\.weight', k)) and len(o)==2)
+    numbered = [(re.fullmatch(r'(\d{1,3})\.weight', k),o) for k,o in shapes.items()]
+    linear = sorted((int(m[1]),o) for m,o in numbered if m and len(o)==2)
     bn = any(k.endswith('.running_mean') for k in shapes)
     step = 3 if bn else 2
     if not linear or [i for i,_ in linear]!=[step*j for j in range(len(linear))]:

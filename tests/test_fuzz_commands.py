@@ -47,8 +47,9 @@ def test_command_lines(argv):
             if isinstance(v, float): assert math.isfinite(v)
             if f.name=='seed': assert 0<=v<2**32
 
-literals = st.one_of(texts, st.sampled_from(['None','True','()','(1,2)','[1','{}','{{}:1}','('*300,'-'*5000,'"a','(2,1)','64',
-                                            '.5','1e-3','(16,8)','-0.1','0','1_0','lambda: 1','__import__("os")']))
+literals = st.one_of(texts, st.sampled_from(['None','True','()','(1,2)','[1','{}','{{}:1}','('*300,'-'*5000,'"a',
+                                            '(2,1)','64','.5','1e-3','(16,8)','-0.1','0','1_0','lambda: 1',
+                                            '__import__("os")']))
 quick = dict(layers=(1,1,1,1), channels=(8,8,16,16))
 
 @st.composite
