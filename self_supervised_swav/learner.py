@@ -232,7 +232,7 @@ def _check_recipe(method, recipe):
     if others: raise ValueError(f"recipe must be one of {method}, got one of {', '.join(others)}")
 
 @contextmanager
-def _naming(given, arch=None):
+def _saying_which(given, arch=None):
     "An error that names none of the settings `given`, nor `arch`, becomes one that shows them"
     try: yield
     except Exception as e:  # an architecture may raise anything
@@ -276,20 +276,20 @@ def check_settings(
     given = _sort_settings(method, {k: v for k,v in kwargs.items() if k not in own})
     given['encoder'].update(encoder or {})
     start = start_of(init, arch, given['encoder'])
-    with _naming(given['model'] | given[method]):
+    with _saying_which(given['model'] | given[method]):
         recipe = _own_recipe(parts, given, n_images=10_000_000, bs=bs, image_size=image_size or 224)
     arch,recipe = _started(start, arch, recipe, given, True, n_in)
     recipe = recipe.override(**given)
     recipe.put('encoder', 'n_in', recipe['encoder'].get('n_in', n_in or 3), 'a guess')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of what disappoints with these guesses
-        with _naming(given['augs'] | given[method]):
+        with _saying_which(given['augs'] | given[method]):
             parts.callback(parts.get_aug_pipelines(**recipe['augs']), **recipe[method])
         _check_learner(given['learner'])
-        with _naming(given['start']): _start_slowly(dict(given['learner']), given['start'])
-        with _naming(given['encoder'], arch): encoder = _create_encoder(arch, recipe, given['encoder'])
+        with _saying_which(given['start']): _start_slowly(dict(given['learner']), given['start'])
+        with _saying_which(given['encoder'], arch): encoder = _create_encoder(arch, recipe, given['encoder'])
         if start and start.path: _load_start(start, encoder)
-        with _naming(given['model']): parts.create_model(encoder, **recipe['model'])
+        with _saying_which(given['model']): parts.create_model(encoder, **recipe['model'])
 
 def _started(start, arch, recipe, given, own_recipe, n_in):
     "The architecture and the recipe of an encoder that starts from trained weights"

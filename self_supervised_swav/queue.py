@@ -12,7 +12,7 @@ from torch import nn
 from .collectives import exchange, gather_rows
 
 # %% ../nbs/08_queue.ipynb #9d35dc8b
-def _check_sizes(n_crops, length, dim):
+def _check_queue(n_crops, length, dim):
     for name,n in (('n_crops',n_crops), ('length',length), ('dim',dim)):
         if not isinstance(n, int) or isinstance(n, bool) or n<0:
             raise ValueError(f"{name} must be a whole number, at least 0, got {n}")
@@ -25,7 +25,7 @@ class FeatureQueue(nn.Module):
         dim:int=0 # Width of an embedding
     ):
         super().__init__()
-        _check_sizes(n_crops, length, dim)
+        _check_queue(n_crops, length, dim)
         self.register_buffer('features', torch.zeros(n_crops, length, dim))
         self.n_pushed = 0
 
@@ -40,7 +40,7 @@ class FeatureQueue(nn.Module):
         dim:int # Width of an embedding
     ):
         "Forget everything and take this size, unless it has it already"
-        _check_sizes(n_crops, length, dim)
+        _check_queue(n_crops, length, dim)
         if self.features.shape==(n_crops,length,dim): return
         self.features,self.n_pushed = self.features.new_zeros(n_crops, length, dim),0
 
