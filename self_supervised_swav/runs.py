@@ -45,7 +45,7 @@ def parse_settings(
         name,eq,text = o.partition('=')
         if not (eq and name): raise ValueError(f"settings must look like name=value, got {o!r}")
         try: value = ast.literal_eval(text)
-        except (ValueError,SyntaxError): value = text
+        except Exception: value = text  # of many kinds, for text of any kind
         if name.startswith('encoder.'): encoder[name.removeprefix('encoder.')] = value
         else: given[name] = value
     return encoder,given
