@@ -28,6 +28,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, default_device, show_image
 from fastai.vision.augment import RandTransform, Resize
 from fastai.vision.core import PILImage, PILImageBW
+from .collectives import gather_json, rank_here, share
 from .files import atomic_path
 from .images import (ImageInfo, StoredImage, check_color_name, check_window, count_of,
                                          duplicate_groups, escape_name, image_files, image_info, read_channels,
@@ -171,11 +172,16 @@ def look_at_images(
     files, # Image files
     decode:bool=True, # Decode each file, not only read its header?
     window=None, # Values that become black and white in images of more than 8 bits: see `to_unit`
-    n_in:int|None=None # Channels that they must have; 1 and 3 are converted to each other
+    n_in:int|None=None, # Channels that they must have; 1 and 3 are converted to each other
+    group=None # Process group whose ranks have the same files: each looks at a part of them
 )->dict: # From each file to its `ImageInfo`, or to a string that says what is wrong with it
     "Look at every image file, in threads"
-    show = sys.stderr.isatty() and len(files)>500  # some hundred a second
-    looks = parallel(_info_or_fault, files, decode=decode, window=window, n_in=n_in, threadpool=True, progress=show)
+    show = sys.stderr.isatty() and len(files)>500 and rank_here()==0  # some hundred a second
+    mine = files[share(len(files), group)]
+    looks = parallel(_info_or_fault, mine, decode=decode, window=window, n_in=n_in, threadpool=True, progress=show)
+    if group is not None:
+        said = gather_json(list(looks), group)
+        looks = [o if isinstance(o, str) else ImageInfo(*o) for part in said for o in part]
     peaks = [o.peak for o in looks if isinstance(o, ImageInfo) and o.peak is not None]
     if peaks and window is None and max(peaks)<1/8:
         warnings.warn(f"{count_of(len(peaks), 'image')} of 16 bits use {max(peaks):.0%} of their range and will look "
@@ -238,7 +244,7 @@ def find_images(
     check='decode', # Look at every file: 'decode', 'header' or None
     skip_bad=False, # Leave out files that are not readable images, instead of raising an error?
     follow_links=False, # Take what symbolic links to places outside the folder lead to?
-    **kwargs # `window` and `n_in` of `look_at_images`
+    **kwargs # `window`, `n_in` and `group` of `look_at_images`
 )->list: # Sorted
     "The image files of a folder or a list, without the bad ones or with an error that names them"
     if check not in ('decode','header',None):

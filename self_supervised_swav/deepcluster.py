@@ -93,6 +93,7 @@ class FeatureMemory:
 class DeepClusterV2(MultiView):
     "Prediction of the clusters that k-means finds once an epoch (DeepCluster-v2)"
     name,title = 'deepclusterv2','DeepCluster-v2'
+    own_on_each_rank = True  # for ResumeTraining: each rank remembers the images that it has seen
     signs = 'loss/lnK','cluster_entropy','feature_spread'
     columns = (*signs,'effective_rank')
     curves = {'share': dict(cluster_entropy='evenness of clusters (1: all of one size)', feature_spread='spread of '
@@ -242,15 +243,21 @@ class DeepClusterV2(MultiView):
 
     # for ResumeTraining
     def state_dict(self):
-        memory = None if self.memory is None else dict(features=self.memory.features, seen=self.memory.seen)
-        return dict(memory=memory, assigned=self.assigned, order_of_epoch=self.order_of_epoch, evenness=self.evenness)
+        memory = None
+        if self.memory is not None:
+            features,seen = self.memory.features,self.memory.seen
+            memory = dict(features=features if self.group is None else features[:,seen], seen=seen)
+        return dict(memory=memory, n_ranks=1 if self.group is None else self.group.size(), assigned=self.assigned,
+                    order_of_epoch=self.order_of_epoch, evenness=self.evenness)
 
     def load_state_dict(self, state):
-        memory = state['memory']
-        if memory is not None:
-            self.memory = FeatureMemory(*memory['features'].shape, self.memory_path)
-            self.memory.features.copy_(memory['features'])
-            self.memory.seen.copy_(memory['seen'])
+        memory,n_ranks = state['memory'],1 if self.group is None else self.group.size()
+        if memory is not None and state.get('n_ranks', 1)==n_ranks:  # else all images are embedded once more
+            features,seen = memory['features'],memory['seen']
+            self.memory = FeatureMemory(len(features), len(seen), features.shape[2], self.memory_path)
+            if features.shape[1]==len(seen): self.memory.features.copy_(features)
+            else: self.memory.features[:,seen] = features
+            self.memory.seen.copy_(seen)
         self.assigned,self.order_of_epoch,self.evenness = state['assigned'],state['order_of_epoch'],state['evenness']
 
     # what it says of itself

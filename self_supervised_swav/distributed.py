@@ -58,7 +58,8 @@ class DDPTrainer(DistributedTrainer):
         for q in queues.values(): q.share_first(world())
         if rank_distrib():
             for cb in self.learn.cbs:
-                if isinstance(cb, (CSVLogger,ShowGraphCallback)): cb.run = False  # until the end of this fit
+                if isinstance(cb, (CSVLogger,ShowGraphCallback)) or getattr(cb, 'first_rank_only', False):
+                    cb.run = False  # until the end of this fit
 
     def after_fit(self): self.unwrap()
     def unwrap(self):

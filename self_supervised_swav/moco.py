@@ -114,6 +114,7 @@ def _check_version(version):
 class MoCo(Contrastive):
     "Contrastive learning of crops against a queue of keys (MoCo)"
     name,title,ids_name = 'moco','MoCo','key_ids'
+    sync_bn = False  # keys are shuffled between processes instead, as in the paper
     def __init__(self,
         aug_pipelines=None, # Required: one fastai `Pipeline` for each crop, as `get_moco_aug_pipelines` gives them
         K:int=65536, # Length of each key crop's queue, more than a batch

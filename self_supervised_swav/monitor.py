@@ -51,6 +51,7 @@ class CollapseWarning(UserWarning): "A run that does not learn"
 class CollapseMonitor(EpochColumns):
     "Record in every step whether the method learns, and warn once when it does not"
     min_patience = 20
+    own_on_each_rank = True  # for ResumeTraining: each rank has seen images of its own
     state = 'losses','history','alarms','pending','n_steps','patience','epoch_start','epoch_values','stopping','fresh'
 
     def __init__(self,

@@ -33,6 +33,7 @@ class MultiView(Callback):
     order = CastToTensor.order-1
     finite_every = 50  # steps between two looks at the loss where a look would make the host wait for the device
     signs:tuple = ()   # names of the numbers that `health` returns in each step
+    sync_bn = True     # should batch norm be synchronized between processes?
 
     def __init__(self,
         aug_pipelines=None, # Required: one fastai `Pipeline` for each view, with `split_idx=0`

@@ -17,9 +17,11 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import Recorder
-from fastai.torch_core import get_model, rank_distrib, to_device
-from .feed import ResumableFeed, get_pass_start, set_pass_start
+from fastai.torch_core import get_model, rank_distrib, set_seed, to_device
+from .collectives import exchange, wishes, world
+from .feed import ResumableFeed, get_pass_start, set_pass_start, set_rng_state
 from .files import read_state, write_state
+from .ranks import decided_by_first
 
 # %% ../nbs/27_resume.ipynb #a3769949
 _atoms = bool,int,float,str,type(None)
@@ -87,6 +89,7 @@ def _set_opt_state(opt, state, device):
     opt.load_state_dict(state)
 
 # %% ../nbs/27_resume.ipynb #51f5f64e
+def _is_own(cb): return getattr(cb, 'own_on_each_rank', False)
 def _watches_only(cb): return isinstance(cb, ProgressCallback) or getattr(cb, 'watches_only', False)
 
 def _describe(name, o):
@@ -102,7 +105,8 @@ def _data_settings(dl, n_valid):
     s = dict(batches=len(dl), valid_batches=n_valid, items=len(dl.dataset),
              batch_size=getattr(dl, 'bs', getattr(dl, 'batch_size', None)),
              num_workers=getattr(dl, 'fake_l', dl).num_workers)
-    return s | {o: getattr(dl, o, None) for o in ('shuffle','drop_last')}
+    inner = vars(dl).get('dl', dl)  # of a DistributedDL, whose attributes may be those of the data set
+    return s | {o: getattr(inner, o, None) for o in ('shuffle','drop_last')}
 
 def _opt_settings(opt, names):
     s = dict(opt=type(getattr(opt, 'opt', opt)).__name__)
@@ -165,7 +169,7 @@ class ResumeTraining(Callback):
         self.every,self.may_extend = every,extend
         self.n_fit,self.cycle_start = 0,0
         self.waited,self.trained,self.n_waits = 0.,0.,0
-        self.at_work,self.stopping = False,False
+        self.at_work,self.stopping,self.n_heard = False,False,0
 
     def before_fit(self):
         if self.learn.lock.locked(): return  # `validate` and `get_preds` hold the lock
@@ -195,7 +199,9 @@ class ResumeTraining(Callback):
         else:
             run(f)
             if event_type=='validate': self.in_epoch = False
-            if event_type=='batch' and self._is_time_to_save:
+            if event_type!='batch': return
+            self._hear()
+            if self._is_time_to_save:
                 self._save(self.epoch, self.iter+1)
                 self._stop_if_asked()
 
@@ -204,14 +210,24 @@ class ResumeTraining(Callback):
         if not (self.at_work and self.training and self.every): return False
         return self.stopping or (self.iter+1)%self.every==0
 
-    def stop(self):
+    def stop(self,
+        why:int=1 # A number that all ranks hear, such as that of a signal
+    ):
         "Write the file after this batch (without `every`, after this epoch) and end the fit by `TrainingStopped`"
-        self.stopping = True
+        self.stopping = wishes.mine = why
+
+    def _hear(self, ask=False):
+        "Does a rank want to stop? All of them must hear it after the same batch"
+        if world() is None or not (self.at_work and self.training or ask): return
+        if ask or wishes.n_heard==self.n_heard: exchange(device=self.dls.device, group=world())
+        self.n_heard,self.stopping = wishes.n_heard,wishes.heard
 
     def _stop_if_asked(self):
         if not self.stopping: return
-        self.stopping = False
-        raise TrainingStopped(f"stopped; {self.file} is written")
+        e,self.stopping = TrainingStopped(f"stopped; {self.file} is written"),False
+        e.why = max(wishes.mine, wishes.heard)
+        wishes.clear()
+        raise e
 
     def _epoch(self, run, f):
         try:
@@ -221,6 +237,7 @@ class ResumeTraining(Callback):
             run(f)
             self.in_epoch = False
             self._save(self.epoch+1)
+            self._hear(ask=True)
             if self.epoch+1<self.n_epoch: self._stop_if_asked()
         except BaseException:
             self._give_back()
@@ -229,7 +246,7 @@ class ResumeTraining(Callback):
     def _begin(self):
         "Find out at which epoch and batch to start"
         self.settings = _fit_settings(self.learn, self.n_fit==0)
-        ckpt = read_state(self.file, set_aside=not rank_distrib())
+        ckpt = decided_by_first(lambda: read_state(self.file))
         if ckpt and 'settings' not in ckpt: raise ValueError(f"{self.file} is not a file of ResumeTraining")
         if ckpt and ckpt['fit']<self.n_fit: ckpt = None  # of the fit before this
         if ckpt and ckpt['fit']>self.n_fit: self._skip_fit(f"fit {self.n_fit+1} is finished, a later one is under way")
@@ -239,6 +256,7 @@ class ResumeTraining(Callback):
         if ckpt:
             longer = self._extends(ckpt)
             self._check(ckpt, longer)
+            if self._is_moved(ckpt): ckpt = self._at_next_epoch(ckpt)
             getattr(self.dls, 'n_inp', None)  # fastai finds it out by loading a batch, which must not happen later
             self._go_on_from(ckpt, longer)
         self.ckpt,self.at_work = ckpt,True
@@ -255,7 +273,7 @@ class ResumeTraining(Callback):
         elif ckpt['finished']: self._skip_fit("training is finished, nothing to do (delete the file to train again)")
         else:
             self.cycle_start = ckpt.get('cycle_start', 0)
-            self._print(f"going on at epoch {done}, batch {ckpt['batch']}")
+            self._print(f"going on at epoch {done}, batch {ckpt['batch']}{ckpt.get('moved', '')}")
 
     def _skip_fit(self, why):
         self._print(why)
@@ -302,9 +320,11 @@ class ResumeTraining(Callback):
         learn,model = self.learn,get_model(self.learn.model)
         position = self.feed.position(batch) if batch else dict(start=get_pass_start(self.dls))
         positions = [position]
-        if dist.is_initialized():
-            positions = [None]*dist.get_world_size()
-            dist.all_gather_object(positions, position)
+        if world() is not None:
+            if rank_distrib():
+                position['callbacks'] = {cb.name: _callback_state(cb) for cb in self._others if _is_own(cb)}
+            positions = None if rank_distrib() else [None]*dist.get_world_size()
+            dist.gather_object(position, positions)
         if rank_distrib(): return
         weights = model.state_dict()
         for k,v in weights.items(): weights[k] = _as_plain_data(v)
@@ -323,9 +343,12 @@ class ResumeTraining(Callback):
         _set_opt_state(learn.opt, ckpt['opt'], next(model.parameters()).device)
         if ckpt['scaler'] and getattr(learn, 'scaler', None): learn.scaler.load_state_dict(ckpt['scaler'])
         learn.train_iter = ckpt['train_iter']
+        place = ckpt['places'][0 if 'moved' in ckpt else rank_distrib()]
+        states = {**ckpt['callbacks'], **place.get('callbacks', {})}
         for cb in self._others:
-            if cb.name in ckpt['callbacks']: _set_callback_state(cb, ckpt['callbacks'][cb.name])
-        set_pass_start(self.dls, ckpt['places'][rank_distrib()]['start'])
+            if cb.name in states: _set_callback_state(cb, states[cb.name])
+        set_pass_start(self.dls, place['start'])
+        if 'moved' in ckpt: self._draw_anew(place)
 
     @property
     def _others(self): return [cb for cb in self.learn.cbs if not _watches_only(cb)]
@@ -351,11 +374,46 @@ def _check(self:ResumeTraining, ckpt, longer):
     "Raise a ValueError if the file is not of this fit"
     wrong = _differences(ckpt['settings'], self.settings)
     if longer: wrong = {k: v for k,v in wrong.items() if not _may_change.fullmatch(k)}
+    if self._is_moved(ckpt):
+        def others(names): return [o for o in names if o!='distributed_trainer']
+        wrong = {k: v for k,v in wrong.items() if not _of_ranks.fullmatch(k)
+                 and not (k=='callbacks' and others(v[0])==others(v[1]))}
+        a,b = (s['batch_size']*s['processes'] for s in (ckpt['settings'],self.settings))
+        if abs(a-b)>=max(ckpt['settings']['processes'], self.settings['processes']):
+            wrong['batch_size of all processes'] = a,b
     if not wrong: return
     advice = 'repeat its settings, or delete it to start anew'
     if ckpt['finished'] and 'n_epoch' in wrong and self.n_epoch>ckpt['epoch']:
         advice += f'; extend=True goes on from its {ckpt["epoch"]} epochs to {self.n_epoch}'
     raise ValueError(f'{self.file} is of another fit; {advice}:\n{_list_differences(wrong)}')
+
+# what follows from the number of processes
+_of_ranks = re.compile(r'processes|batch_size|(valid_)?batches|shuffle|drop_last|distributed_trainer\..*')
+
+@patch
+def _is_moved(self:ResumeTraining, ckpt):
+    "Was the file of a fit that is not finished written by another number of processes?"
+    return not ckpt['finished'] and ckpt['settings'].get('processes', 1)!=self.settings['processes']
+
+@patch
+def _at_next_epoch(self:ResumeTraining, ckpt):
+    "`ckpt`, to go on from at the beginning of an epoch"
+    done,a,b = ckpt['epoch'],ckpt['settings']['processes'],self.settings['processes']
+    epoch = min(done+1, self.n_epoch-1) if ckpt['batch'] else done
+    said = ''
+    if ckpt['batch']:
+        said = f"; epoch {done}, of which {ckpt['batch']} batches were done, "
+        said += 'begins again' if epoch==done else 'is left there'
+    return ckpt | dict(epoch=epoch, batch=0, moved=f" (written by {a} process{'es'*(a>1)}, {b} now{said})")
+
+@patch
+def _draw_anew(self:ResumeTraining, place):
+    "Random numbers for another number of processes, the same whenever this file goes on with it"
+    if 'now' in place: set_rng_state(place['now'])
+    seed = torch.randint(1<<30, ()).item()
+    for dl in self.dls.loaders:
+        if hasattr(dl, 'rng'): dl.rng.seed(seed)
+    set_seed(seed+1+rank_distrib())
 
 @patch
 def _restart_schedules(self:ResumeTraining):

@@ -12,9 +12,11 @@ from fastcore.basics import store_attr
 from fastai.data.block import CategoryBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import parent_label
+from .collectives import world
 from .data import (digits_dls, fashion_mnist_dls, find_copies, fit_bs, image_block,
                                        image_data_block, list_images, look_at_images, random_split, resize, split_bad)
 from .images import check_color_name, check_window, count_of, image_info
+from .ranks import check_same_files
 from .shards import is_address, is_shards, open_shards
 
 # %% ../nbs/36_sources.ipynb #28bac799
@@ -77,6 +79,7 @@ class ImageSource:
         else:
             raise ValueError(f"source must be a folder of images, or one of {', '.join(self.own)}, or shards such as "
                              f"'x-{{000..099}}.tar'; {source} is none")
+        check_same_files(root, files)
         if self.shards: tops = [o.partition('/')[0] for o in files.names]
         else: tops = [f.relative_to(root).parts[0] for f in files]
         train,valid = _split(tops, valid_pct, seed, find_copies(files))
@@ -102,7 +105,7 @@ class ImageSource:
 
     def _look_at(self, *parts):
         "Take the readable files of both parts; files that are not used are not looked at"
-        looked_at = look_at_images([o for part in parts for o in part], window=self.window)
+        looked_at = look_at_images([o for part in parts for o in part], window=self.window, group=world())
         good,self.bad = split_bad(looked_at, self.skip_bad)
         if not good: raise ValueError(f"no readable image in {self.source}")
         self.size,self.n_in = _usual(list(good.values()))
