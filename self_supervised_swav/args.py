@@ -115,17 +115,25 @@ class PretrainArgs(ImageArgs):
     labels_from_folders:bool = False
     knn:bool = True # The k-NN accuracy after each epoch, where there are labels
     every:int = option(100, metavar='N') # Batches between two checkpoints within an epoch
+    # Processes to train in, a GPU for each, that share the batch; without GPUs they share the processor. torchrun
+    # starts them on several machines: torchrun --nproc-per-node 8 ... -m self_supervised_swav pretrain FOLDER
+    gpus:int = option(metavar='N')
+    # With --gpus: start the processes again so many times if one is lost, from the last checkpoint (default: 0)
+    max_restarts:int = option(metavar='N')
+    patience:float = option(45., metavar='SECS') # Of several processes: end all if one does nothing for so long
     finds_bs = True
 
     def check(self):
         super().check()
         if self.bs!='auto': check_least('bs', self.bs, 2)
         for name,least in (('size',8), ('n_in',1), ('epochs',1), ('extend',1), ('n_images',2),
-                           ('every',1)):
+                           ('every',1), ('gpus',1), ('max_restarts',0)):
             check_least(name, getattr(self, name), least)
         _check_share('valid_pct', self.valid_pct)
         check_arg('log', self.log, lambda o: o in loggers, f"one of {', '.join(loggers)}")
-        check_arg('hours', self.hours, lambda o: o>0, 'positive')
+        for name in ('hours','patience'): check_arg(name, getattr(self, name), lambda o: o>0, 'positive')
+        if self.max_restarts and not self.gpus:
+            raise ValueError(f"max_restarts={self.max_restarts} is for gpus; torchrun has an option of its own")
         for name in ('epochs','resume'):
             if self.hours and getattr(self, name):
                 raise ValueError(f"hours={self.hours} and {name}={getattr(self, name)} cannot be given both")

@@ -8,8 +8,8 @@ __all__ = ['commands', 'flag_of', 'add_arguments', 'is_foreseen', 'in_options', 
            'doctor', 'create_parser', 'main', 'swav_pretrain', 'swav_evaluate', 'swav_embed']
 
 # %% ../nbs/49_cli.ipynb #7e5919ff
-import argparse, re, shlex, signal, sys, warnings
-from contextlib import contextmanager
+import argparse, os, re, shlex, signal, sys, warnings
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from .args import (DoctorArgs, EmbedArgs, EvaluateArgs, ExploreArgs, ExportArgs, FinetuneArgs,
@@ -89,6 +89,9 @@ def _without_event(text):
     "An error's own words: fastai puts the callback and the event before them"
     return re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', text)
 
+def _n_ranks(): return int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.environ else 1
+def _rank(): return int(os.environ['RANK']) if _n_ranks()>1 else 0
+
 @contextmanager
 def exit_codes(
     command, # Name of the command, for messages
@@ -103,8 +106,10 @@ def exit_codes(
         except (Exception,KeyboardInterrupt) as e:
             stopped = isinstance(e, KeyboardInterrupt)
             if not (stopped or is_foreseen(e)): raise
-            text = in_options(_without_event(str(e)), cls)
-            print(f'{command}: {text or "stopped"}' if stopped else f'{command}: error: {text}', file=sys.stderr)
+            text,rank = in_options(_without_event(str(e)), cls),_rank()
+            said = f'{command}: {text or "stopped"}' if stopped else f'{command}: error: {text}'
+            if rank and not stopped: said = f'rank {rank}: {said}'
+            if not (rank and stopped or getattr(e, 'told', False)): print(said, file=sys.stderr, flush=True)
             raise SystemExit(128+getattr(e, 'signum', signal.SIGINT) if stopped else 2) from None
         finally: warnings.formatwarning = old
 
@@ -129,10 +134,12 @@ def pretrain(args):
     try: run.fit()
     except KeyboardInterrupt as e:
         more = ['--extend', str(args.extend)] if args.extend and run.is_finished else []
+        if args.gpus: more += ['--gpus', str(args.gpus)]
         again = shlex.join(['swav', 'pretrain', args.source, '--out', str(run.out), '--resume', *more])
+        if _n_ranks()>1 and not args.gpus: again = f"torchrun ... -m self_supervised_{again}"
         if (run.out/'last.pth').exists(): e.args = (f"stopped; continue with: {again}",)
         raise
-    print(f'\nWrote {run.out}: ' + ', '.join(sorted(o.name for o in run.out.iterdir() if o.is_file())))
+    if _rank()==0: print(f'\nWrote {run.out}: ' + ', '.join(sorted(o.name for o in run.out.iterdir() if o.is_file())))
 
 # %% ../nbs/49_cli.ipynb #bbc72ce4
 @command(EvaluateArgs)
@@ -280,6 +287,30 @@ def create_parser(
         if name==command: add_arguments(p, cls)
     return parser
 
+_for_ranks = 'pretrain','embed','evaluate'
+
+def _start_ranks(argv, args):
+    from self_supervised_swav.ranks import launch
+    return launch(argv, args.gpus, args.max_restarts or 0, args.device)
+
+@contextmanager
+def _among_ranks(name, args):
+    "Under a launcher: one of its ranks. Only the first one speaks"
+    if _n_ranks()==1:
+        yield
+        return
+    if name not in _for_ranks:
+        raise ValueError(f"under a launcher such as torchrun the command must be one of {', '.join(_for_ranks)}, "
+                         f"got {name}")
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a lost store writes pages of warnings
+    from self_supervised_swav.ranks import joined
+    with joined(args.device, getattr(args, 'patience', 45.)):
+        if _rank()==0: yield
+        else:
+            with open(os.devnull, 'w') as f, redirect_stdout(f), warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                yield
+
 def main(
     argv=None # Arguments (default: those of the process)
 )->int: # Exit code
@@ -291,7 +322,15 @@ def main(
         return 2
     given = vars(parser.parse_args(argv))
     cls,run = commands[given.pop('command')]
-    with exit_codes(f'swav {argv[0]}', cls): run(cls(**given))
+    try:
+        with exit_codes(f'swav {argv[0]}', cls):
+            args = cls(**given)
+            if getattr(args, 'gpus', None) and _n_ranks()==1: return _start_ranks(argv, args)
+            with _among_ranks(argv[0], args): run(args)
+    except SystemExit as e:
+        if _n_ranks()==1: raise
+        sys.stdout.flush()
+        os._exit(e.code)  # the connections that are left may keep Python from ending
     return 0
 
 # %% ../nbs/49_cli.ipynb #69f648d9

@@ -23,11 +23,13 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device, set_seed, to_device
 from .args import PretrainArgs, versions
 from .checkpoints import save_encoder
+from .collectives import alone, exchange, rank_here, world
 from .data import random_split, subset, write_bad_files, tensor_dls
 from .evaluate import KNNMetric, extract_features
 from .files import atomic_path, check_writable, has_state, read_state, write_json, write_state
 from .learner import check_settings, pretrain_learner, start_of
 from .multiview import MultiView, method_of
+from .ranks import check_alike, decided_by_first, launch_attempt
 from . import report  # noqa: F401  it patches Learner
 from .recipes import Recipe
 from .resume import ResumeTraining, TrainingStopped, fit_progress
@@ -86,7 +88,7 @@ class EpochHistory(CSVLogger):
 
 class SaveEncoder(Callback):
     "Save the encoder to `path` after each epoch"
-    order,run_valid = EpochHistory.order+1,False
+    order,run_valid,first_rank_only = EpochHistory.order+1,False,True
     def __init__(self, path, **settings): self.to,self.more = Path(path),settings
     def after_epoch(self): self.save()
     def save(self, **more): save_encoder(self.learn, self.to, **self.more, **more)
@@ -189,7 +191,7 @@ def open_logger(
 
 class RunLogger(Callback):
     "Send the numbers of each epoch, and loss and learning rate of its steps, to a tool with curves"
-    order,run_valid,watches_only = EpochHistory.order+1,False,True
+    order,run_valid,watches_only,first_rank_only = EpochHistory.order+1,False,True,True
     def __init__(self,
         name:str, # One of `loggers`
         out, # Folder of the run
@@ -242,13 +244,14 @@ def epochs_in(
     learn, # A Learner to throw away: its model is trained
     hours:float, # Time for the whole fit
     n_measured:float=0, # Batches that a metric such as `KNNMetric` reads in each epoch besides the validation's
-    secs:float|None=None # Seconds of a step, if they are known; None: measured now
+    secs:float|None=None, # Seconds of a step, if they are known; None: measured now
+    n_ranks:int=1 # Processes that share the batches
 )->int: # At least 1; an error if not even one fits
     "How many epochs fit into a time on this machine"
     if not hours>0: raise ValueError(f"hours must be positive, got {hours!r}")
     if secs is None: secs = secs_per_step(learn)
     forward = len(learn.dls.valid)+n_measured  # without a backward pass: at most half a step
-    epoch = secs*(len(learn.dls.train)+forward/2)
+    epoch = secs*(len(learn.dls.train)+forward/2)/n_ranks
     n = int((3600*hours*.95-20)/epoch)  # the report and what else runs on the machine
     if n<1:
         least = (epoch+20)/.95/3600
@@ -269,8 +272,9 @@ def stop_on_signals(
             return os.kill(os.getpid(), num)
         came.append(num)
         if len(came)>1: raise KeyboardInterrupt
-        learn.resume_training.stop()
-        print(f"\n{signal.Signals(num).name}: stopping after this batch (again: at once)", file=sys.stderr, flush=True)
+        learn.resume_training.stop(num)
+        said = f"\n{signal.Signals(num).name}: stopping after this batch (again: at once)"
+        if rank_here()==0: print(said, file=sys.stderr, flush=True)
     main = threading.current_thread() is threading.main_thread()  # others get no signals
     old = {o: signal.signal(o, handle) for o in (signal.SIGINT,signal.SIGTERM)} if main else {}
     try: yield came
@@ -281,7 +285,15 @@ def stop_on_signals(
 _presets = {'digits':        (dict(layers=(1,1,1,1), channels=(16,32,64,128)),dict(flip_p=0.)),
             'fashion-mnist': (dict(layers=(1,1,1,1), channels=(32,64,128,256)),{})}
 
-_not_saved = 'out','resume','extend','device','config','log','hours'  # these may differ when a run is continued
+# these may differ when a run is continued
+_not_saved = 'out','resume','extend','device','config','log','hours','gpus','max_restarts','patience'
+# and these from machine to machine
+_of_machine = 'source','init','config','out','device','num_workers'
+_own_here = 'source','device','num_workers'
+
+def _launch_id():
+    "What is the same for all ranks that one command of a launcher has started, and after a restart; None without one"
+    return os.environ.get('TORCHELASTIC_RUN_ID')
 
 def check_out(
     out, # Folder of a run
@@ -404,32 +416,72 @@ class PretrainRun:
         args = replace(args, source=absolute_source(args.source))
         if args.init not in (None,'timm'): args = replace(args, init=str(Path(args.init).resolve()))
         self.out = Path(args.out or Path('runs')/_name_of(args.source))
-        check_out(self.out, args.resume)
-        self.extends = args.extend
-        self.log,self.recipe = args.log,None
-        if args.log: import_logger(args.log)
-        if args.config: args,self.recipe = configured(args)
-        self.args = resumed_args(args, self.out) if args.resume else args
-        if args.resume:  # other versions may recommend something else
-            path = self.out/'settings.json'
-            self.recipe = saved_recipe(json.loads(path.read_text(encoding='utf-8')), path)
-            if self.recipe['encoder'].get('pretrained'):
-                self.recipe.put('encoder', 'pretrained', False, 'the weights are those of last.pth')
-        elif self.args.init: self.args = self._with_start()
+        self.group,self.n_ranks = world(),1 if world() is None else world().size()
+        here = {k: v for k,v in asdict(args).items() if k not in _of_machine}
+        check_alike('the same arguments and versions', here | dict(versions=versions()))
+        self.log = args.log
+        decided = decided_by_first(lambda: self._decide(args))
+        self.extends,self.recipe = decided['extends'],None
+        self.args = replace(PretrainArgs(**decided['args']), **{k: getattr(args, k) for k in _own_here})
+        if decided['recipe'] is not None: self.recipe = Recipe(decided['recipe'], decided['reasons'])
+        if not self.args.resume and self.args.init: self.args = self._with_start()
         self._check_settings()
         set_seed(self.args.seed)  # before the DataLoaders, which draw the seed of their order
         self.images = ImageSource(self.args.source, self.args.valid_pct, self.args.seed, self.args.n_images,
                                   self.args.skip_bad, self.args.follow_links, self.args.window, self.args.background)
         self.uses_labels = self._has_labels()
         self.size = self.args.size or self.images.size
-        if self.args.bs=='auto': self.args = replace(self.args, bs=self._find_bs())
+        if self.args.bs=='auto': self.args = replace(self.args, bs=decided_by_first(self._find_bs))
         why = 'given'
         if args.hours: self.args,why = self._epochs_for(args.hours)
         set_seed(self.args.seed)  # whatever was measured
+        if self.args.resume and self.args.bs%self.n_ranks:
+            print(f"--bs {self.args.bs} shared by {self.n_ranks} processes: {self._bs_of_rank(self.args.bs)} each")
         self.learn = self._make_learner()
         fit = self.learn.recipe['fit']
         if self.args.epochs is not None: self.learn.recipe.put('fit', 'n_epoch', self.args.epochs, why)
         self.epochs = fit['n_epoch']
+
+    def _decide(self, args):
+        "What the folder of the run has to say, as plain data: one process looks, for all"
+        if launch_attempt(): args = self._started_again(args)
+        check_out(self.out, args.resume)
+        extends,recipe = args.extend,None
+        if args.log: import_logger(args.log)
+        if args.config: args,recipe = configured(args)
+        if args.resume:  # other versions may recommend something else
+            args = resumed_args(args, self.out)
+            path = self.out/'settings.json'
+            recipe = saved_recipe(json.loads(path.read_text(encoding='utf-8')), path)
+            if recipe['encoder'].get('pretrained'):
+                recipe.put('encoder', 'pretrained', False, 'the weights are those of last.pth')
+        plain = None if recipe is None else {k: dict(v) for k,v in recipe.items()}
+        return dict(args=asdict(args), extends=extends, recipe=plain, reasons=recipe and dict(recipe.reasons))
+
+    def _started_again(self, args):
+        "The arguments for ranks that the launcher has started once more: they go on from the checkpoint of this launch"
+        settings = self.out/'settings.json'
+        if not has_state(self.out/'last.pth') or not settings.exists(): return args
+        if args.extend and not fit_progress(self.out/'last.pth').finished: args = replace(args, extend=None)
+        if args.resume: return args
+        launch = json.loads(settings.read_text(encoding='utf-8')).get('launch')
+        if launch is None or launch!=_launch_id(): return args
+        return replace(args, resume=True, config=None, hours=None)
+
+    def _bs_of_rank(self, bs):
+        "The part of a batch that each process has"
+        if bs%self.n_ranks and not self.args.resume:
+            raise ValueError(f"bs must be a multiple of the {self.n_ranks} processes that share it, got {bs}")
+        return max(1, round(bs/self.n_ranks))
+
+    @contextmanager
+    def _distributed(self, learn):
+        "Train `learn` in all processes"
+        if self.group is None: yield
+        else:
+            from self_supervised_swav import distributed  # noqa: F401  it patches Learner
+            cpu = torch.device(learn.dls.device or 'cpu').type!='cuda'
+            with learn.distrib_ctx(sync_bn=method_of(learn).sync_bn and not cpu, cpu=cpu): yield
 
     def _check_settings(self):
         "What can be known to be wrong before a folder is read, which may take long"
@@ -469,43 +521,46 @@ class PretrainRun:
         return wanted
 
     def _make_dls(self, labeled, bs=None):
-        a,bs = self.args,bs or self.args.bs
+        a,bs = self.args,bs or self._bs_of_rank(self.args.bs)
         device = default_device() if a.device is None else a.device
         return self.images.dls(self.size, a.n_in, bs, labeled=labeled, num_workers=a.num_workers, device=device)
 
     def _find_bs(self, gain=1.1):
         "The largest batch size that fits, as long as doubling it makes an image `gain` times as fast"
-        n_train = len(self._make_dls(False, 64).train_ds)
+        n_train = len(self._make_dls(False, 64).train_ds)//self.n_ranks
         bs,found,speed = min(32, n_train),None,0.
         while bs<=max(32, n_train//4):
-            try: now = bs/secs_per_step(self._make_learner(bs))
+            try:
+                with alone(): now = bs/secs_per_step(self._make_learner(bs))
             except torch.OutOfMemoryError:
                 if found is None: raise
                 break
             if now<gain*speed: break
             found,speed,bs = bs,now,2*bs
-        print(f"--bs {found}: {speed:,.0f} images a second", flush=True)
-        return found
+        each = '' if self.n_ranks==1 else f" for each of {self.n_ranks} processes"
+        print(f"--bs {found}{each}: {speed:,.0f} images a second{each and ', by itself'}", flush=True)
+        return found*self.n_ranks
 
     def _epochs_for(self, hours):
         "Arguments with the epochs that take `hours`, and why"
-        learn = self._make_learner(self.args.bs)
-        secs,dls = secs_per_step(learn),learn.dls
+        learn = self._make_learner(self._bs_of_rank(self.args.bs))
+        with self._distributed(learn): secs = secs_per_step(learn)
+        secs,dls = max(o for o, in exchange(secs, device=learn.dls.device, group=self.group)),learn.dls
         measured = 6000/self.args.bs if self.args.knn and self.uses_labels else 0
-        n = epochs_in(learn, hours, min(measured, len(dls.train)+len(dls.valid)), secs)
+        n = epochs_in(learn, hours, min(measured, len(dls.train)+len(dls.valid)), secs, self.n_ranks)
         return replace(self.args, epochs=n, hours=None),f'{hours:g} h, at {secs:.2g} s a step as measured'
 
     def _make_learner(self,
         trial_bs=None # A batch size, for a Learner that is only measured
     ):
-        a,images = self.args if trial_bs is None else replace(self.args, bs=trial_bs),self.images
+        a,images = self.args,self.images
         encoder,given = parse_settings(a.settings)
         preset,flips = ({},{}) if self.recipe else _presets.get(a.source, ({},{}))
         chosen = [f'augs.{o}' for o in flips.keys()-given]
         if a.arch is None:
             chosen += [f'encoder.{o}' for o in preset.keys()-encoder]
             encoder = preset | encoder
-        dls = self._make_dls(images.files is None, a.bs)
+        dls = self._make_dls(images.files is None, trial_bs)
         cbs = self._make_callbacks(dls) if trial_bs is None else []
         with self._in_settings_words():
             with nullcontext() if trial_bs is None else redirect_stdout(io.StringIO()):
@@ -520,7 +575,7 @@ class PretrainRun:
         resume = ResumeTraining(self.out/'last.pth', self.args.every, extend=self.extends is not None)
         cbs = [resume, TimeLeft(), TellDataWait(), EpochHistory(self.out/'history.csv'),
                SaveEncoder(self.out/'encoder.safetensors', size=self.size, source=self.args.source)]
-        if self.log: cbs.append(RunLogger(self.log, self.out, config=asdict(self.args)))
+        if self.log and rank_here()==0: cbs.append(RunLogger(self.log, self.out, config=asdict(self.args)))
         if self.args.knn and self.uses_labels and len(dls.valid_ds)>0:
             parts = _random_parts(dls if self.images.files is None else self._make_dls(labeled=True))
             cbs.append(KNNMetric(parts, k=min(20, len(parts.train_ds))))
@@ -530,34 +585,55 @@ class PretrainRun:
         learn,dls = self.learn,self.learn.dls
         n = sum(p.numel() for p in learn.model.encoder.parameters())
         text = (f"{len(dls.train_ds):,} training images of {self.size} px, {len(dls.valid_ds):,} held out; an encoder "
-                f"of {n:,} parameters; {self.epochs} epochs of {len(dls.train)} batches on {dls.device or 'cpu'}")
+                f"of {n:,} parameters; {self.epochs} epochs of {len(dls.train)//self.n_ranks} batches on "
+                f"{dls.device or 'cpu'}{self._ranks_text()}")
         if self.extends:
             text += (f"\nThe finished {self.epochs-self.extends} epochs go on with {self.extends} more: the learning "
                      "rate rises and falls once more, and nothing that belongs to the beginning of a fit is repeated")
         return f"{text}\n\n{learn.recipe}"
 
-    def fit(self):
-        "Train, and write the files of the run; a signal raises `TrainingStopped` with its number in `signum`"
-        learn,made = self.learn,not self.out.exists()
+    def _ranks_text(self):
+        if self.n_ranks==1: return ''
+        bs = self._bs_of_rank(self.args.bs)
+        sync = method_of(self.learn).sync_bn and torch.device(self.learn.dls.device or 'cpu').type=='cuda'
+        return (f", in {self.n_ranks} processes x {bs} images; batch norm "
+                f"{'of the whole batch' if sync else 'of the images of each process'}")
+
+    def _begin_folder(self):
+        made = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.args.resume: self._write_settings()
         if self.images.bad: write_bad_files(self.images.bad, self.out/'bad_files.txt')
         elif self.extends: self._note_extension()
+        return made
+
+    def fit(self):
+        "Train, and write the files of the run; a signal raises `TrainingStopped` with its number in `signum`"
+        learn,first = self.learn,rank_here()==0
+        made = decided_by_first(self._begin_folder)
         tty = sys.stdout.isatty()
         if not tty: learn.logger = EpochLines(learn)
         try:
-            with stop_on_signals(learn) as came, nullcontext() if tty else learn.no_bar():
+            with stop_on_signals(learn) as came, nullcontext() if tty else learn.no_bar(), self._distributed(learn):
                 learn.fit_one_cycle(self.epochs)
         except BaseException as e:
-            if isinstance(e, TrainingStopped): learn.save_encoder.save()
-            elif not (self.args.resume or (self.out/'last.pth').exists()): self._undo(made)
-            if isinstance(e, FloatingPointError): self._keep_batch(e)
-            if isinstance(e, KeyboardInterrupt): e.signum = came[0] if came else signal.SIGINT
+            if first and isinstance(e, TrainingStopped): learn.save_encoder.save()
+            elif first and not (self.args.resume or (self.out/'last.pth').exists()): self._undo(made)
+            if isinstance(e, FloatingPointError) and 'on another rank' not in str(e): self._keep_batch(e)
+            if isinstance(e, KeyboardInterrupt):
+                why = getattr(e, 'why', 1)
+                e.signum = came[0] if came else why if why>1 else signal.SIGINT
             raise
+        if first:
+            with alone(): self._finish()
+        return self
+
+    def _finish(self):
+        "Write what a finished run has"
+        learn = self.learn
         learn.save_encoder.save(whitening=self._whitening())
         title = f'{method_of(learn).title}: {self.images.source}'
         learn.pretrain_report(self.out/'report.html', labels=self._labels(), title=title, next_steps=self._next_steps())
-        return self
 
     def _whitening(self):
         "Of the features of at most 5,000 training images; None where they are all alike"
@@ -584,7 +660,8 @@ class PretrainRun:
         dls = self.learn.dls
         images = dict(n_train=len(dls.train_ds), n_valid=len(dls.valid_ds))
         write_json(dict(args=args, images=images, recipe=dict(self.learn.recipe), versions=versions(),
-                        started=time.strftime('%F %T')), self.out/'settings.json')
+                        started=time.strftime('%F %T'), launch=_launch_id(), processes=self.n_ranks),
+                   self.out/'settings.json')
 
     @property
     def is_finished(self):
