@@ -7,8 +7,8 @@ import self_supervised_swav.all as face
 pkg = Path(face.__file__).parent
 sources = {p.stem: p.read_text(encoding='utf-8') for p in sorted(pkg.glob('*.py'))}
 by_hand = {'__init__','__main__','_modidx','all'}
-not_in_all = {'args','cli','images','collectives','doctor','drawings','feed','files','kmeans','pages','randomness','ranks',
-              'samples'}  # for those who build on the package
+not_in_all = {'args','cli','images','collectives','doctor','drawings','feed','files','kmeans','pages','randomness',
+              'ranks','samples'}  # for those who build on the package
 
 def star(): return vars_after('from self_supervised_swav.all import *')
 def vars_after(code):
