@@ -123,7 +123,13 @@ def get_batch_augs(
     xtra_tfms:list|tuple=(), # fastai transforms to add, after the normalization
     exact:bool=False # kornia's operations one by one instead of fused?
 )->Pipeline: # Of `split_idx=0`
-    "Random crops of a batch: a pipeline that crops, flips, rotates, jitters, blurs and normalizes"
+    """Random crops of a batch: a pipeline that crops, flips, rotates, jitters, blurs and normalizes
+
+    It maps images (B,C,H,W) in [0,1], on any device, to (B,C,`size`,`size`), each image with its own parameters. A
+    `ValueError` names an argument outside of its range.
+
+        aug = get_batch_augs(96, resize_scale=(.05,.14))
+    """
     _check('size', size, isinstance(size, Integral) and not isinstance(size, bool) and size>0, 'a positive integer')
     resize_scale = _check_range('resize_scale', resize_scale, _tiny, 1, '0 < min <= max <= 1')
     resize_ratio = _check_range('resize_ratio', resize_ratio, _tiny, math.inf, '0 < min <= max')
@@ -146,7 +152,12 @@ def get_multi_aug_pipelines(
     size:int, # Height and width of a crop
     **kwargs # Passed to `get_batch_augs`
 )->list:
-    "`n` pipelines of `get_batch_augs` that share their transforms"
+    """`n` pipelines of `get_batch_augs` that share their transforms
+
+    For example:
+
+        augs = get_multi_aug_pipelines(2, size=224, resize_scale=(.25,1.))
+    """
     _check('n', n, isinstance(n, Integral) and not isinstance(n, bool) and n>0, 'a positive integer')
     pipe = get_batch_augs(size, **kwargs)
     return [Pipeline(pipe.fs, split_idx=0) for _ in range(n)]
@@ -159,7 +170,13 @@ def get_swav_aug_pipelines(
     max_scales:tuple=(1.,.14), # Their largest area
     **kwargs # Passed to `get_batch_augs`
 )->list:
-    "Pipelines for SwAV: `num_crops[0]` large crops, then `num_crops[1]` small ones (any number of sizes)"
+    """Pipelines for SwAV: `num_crops[0]` large crops, then `num_crops[1]` small ones (any number of sizes)
+
+    One value for each size of crop (Caron et al. 2020, Section 3.2). Each pipeline maps images (B,C,H,W) in [0,1] to
+    crops (B,C,size,size). A `ValueError` names an argument outside of its range.
+
+        augs = get_swav_aug_pipelines(num_crops=(2,6), crop_sizes=(224,96), min_scales=(.25,.05), max_scales=(1.,.14))
+    """
     args = dict(num_crops=num_crops, crop_sizes=crop_sizes, min_scales=min_scales, max_scales=max_scales)
     for k,v in args.items():
         _check(k, v, isinstance(v, (tuple,list)) and len(v)>0, 'a tuple with one value per crop size')

@@ -62,7 +62,12 @@ def save_encoder(
     whitening:Whitening|None=None, # Of its features, to be kept with it
     **settings # More for the file, in types of JSON
 )->Path: # `path`
-    "Write the encoder's weights and settings as safetensors"
+    """Write the encoder's weights and settings as safetensors
+
+    The settings are architecture, channels, size, mean and standard deviation: what `load_encoder` needs.
+
+        save_encoder(learn, 'encoder.safetensors')
+    """
     encoder,views = encoder_of(learn_or_encoder)
     own = _own_settings(encoder, views)
     # a recipe may train on crops that are smaller than the images whose features are meant
@@ -205,7 +210,14 @@ def create_from_settings(
 def load_encoder(
     path # File of `save_encoder`
 )->nn.Module: # In eval mode on the CPU, its `settings` those of the file
-    "The encoder in a file"
+    """The encoder in a file
+
+    Runs no code and asks no network. A `ValueError` says where the file and its own settings disagree, before memory
+    is taken.
+
+        encoder = load_encoder('encoder.safetensors')
+        features = encoder(torch.rand(2,3,224,224))
+    """
     settings = encoder_settings(path)
     if settings.get('library') and not settings.get('lost'):
         _check_settings(settings, path)
@@ -360,7 +372,13 @@ def load_weights(
     encoder:nn.Module, # To be changed
     path # Checkpoint: safetensors, or what `torch.save` or `learn.save` wrote
 )->Loaded: # Which tensors matched, are missing, are unexpected
-    "Take the weights of `path` into `encoder`, where they fit"
+    """Take the weights of `path` into `encoder`, where they fit
+
+    A warning names what is missing; a `ValueError` says that nothing fits.
+
+        found = load_weights(encoder, 'checkpoint.pth')
+        len(found.matched), found.missing
+    """
     theirs,own = checkpoint_tensors(path),encoder.state_dict()
     prefix = _prefix(own, theirs)
     found = _match(own, theirs, prefix)

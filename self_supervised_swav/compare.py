@@ -353,7 +353,12 @@ def evaluate_run(
     source=None, # Images with labels, if `args` is the run
     **kwargs # Other arguments of `EvaluateArgs`, if `args` is the run
 )->Evaluation: # Of a single run also in evaluation.json beside the encoder
-    "Compare the encoders of runs with pixels, with untrained encoders and with training from scratch"
+    """Compare the encoders of runs with pixels, with untrained encoders and with training from scratch
+
+    What `swav evaluate` does.
+
+        evaluate_run('runs/photos', 'labeled_photos', labels=['10'], seeds=3)
+    """
     if not isinstance(args, EvaluateArgs):
         args = EvaluateArgs(args, source if source is None else str(source), **kwargs)
     start,files = time.time(),_Files(args)
@@ -395,7 +400,13 @@ def compare_encoders(
     k:int=20, # Nearest neighbors of the k-NN accuracy
     size:int|None=None # Shorter side of the images, px, for all encoders (default: what each was trained on)
 )->Evaluation: # Prints as two tables: accuracies, and what each encoder gains over the first
-    "Encoders beside each other, raw and whitened pixels and untrained encoders, on the same images and labels"
+    """Encoders beside each other, raw and whitened pixels and untrained encoders, on the same images and labels
+
+    A `ValueError` or `TypeError` names an encoder that does not take these images. Fewer than three seeds give no
+    interval.
+
+        compare_encoders({'imagenet': old, 'continued': learn}, dls, labels=(10,))
+    """
     if not isinstance(encoders, dict) or not encoders:
         raise ValueError(f"encoders must be a dict of names and encoders, got {encoders!r:.80}")
     for name,value,least in (('seeds',seeds,1), ('epochs',epochs,0), ('k',k,1)): check_least(name, value, least)

@@ -193,7 +193,12 @@ def check_images(
     decode:bool=True, # Decode each file, not only read its header?
     **kwargs # Passed to `look_at_images`
 )->dict: # From each file that is not a readable image to the reason
-    "What is wrong with which files"
+    """What is wrong with which files
+
+    For example:
+
+        bad = check_images(get_image_files('photos'))  # {} where all can be read
+    """
     return {fn: o for fn,o in look_at_images(files, decode, **kwargs).items() if isinstance(o, str)}
 
 # %% ../nbs/30_data.ipynb #66ca2fa1
@@ -327,7 +332,14 @@ def swav_dls(
     device=None, # Device of the batches
     **kwargs, # Passed to `DataBlock.dataloaders`
 ):
-    "DataLoaders of images without labels"
+    """DataLoaders of images without labels
+
+    A batch is one tensor (bs,n_in,height,width) of floats in [0,1]. Copies of a file stay on one side of the split.
+    Before anything is trained a `ValueError` says how many files are no readable images and names some; `skip_bad`
+    leaves them out.
+
+        dls = swav_dls('photos', size=160, bs=64)
+    """
     if not (isinstance(n_in, int) and n_in>0):
         raise ValueError(f"n_in must be a number of channels, such as 3 for color or 1 for gray, got {n_in}")
     h,w = (size,size) if isinstance(size, int) else size
@@ -409,7 +421,13 @@ def tensor_dls(
     device=None, # Device of the batches
     **kwargs, # Passed to `TensorDL`
 ):
-    "DataLoaders of images in memory, with or without classes"
+    """DataLoaders of images in memory, with or without classes
+
+    A batch is (images in [0,1], classes), or images alone without `y`. A `ValueError` or `TypeError` names what has
+    another shape or type.
+
+        dls = tensor_dls(torch.rand(1000,3,32,32), bs=64)
+    """
     ds = TensorImages(x, y, vocab)
     train,valid = map(ds.subset, random_split(len(ds), valid_pct, seed) if splits is None else splits)
     device = default_device() if device is None else device
@@ -475,7 +493,12 @@ def digits_dls(
     device=None, # Device of the batches
     **kwargs, # Passed to `tensor_dls`
 ):
-    "DataLoaders of scikit-learn's handwritten digits: one channel, from 0 to 1"
+    """DataLoaders of scikit-learn's handwritten digits: one channel, from 0 to 1
+
+    1,797 images; nothing is downloaded.
+
+        dls = digits_dls(size=16, bs=64, labeled=False)
+    """
     from sklearn.datasets import load_digits
     if not size > 0: raise ValueError(f"size must be positive, got {size}")
     labeled = _old_spelling(labeled, kwargs)
@@ -527,7 +550,12 @@ def fashion_mnist_dls(
     device=None, # Device of the batches
     **kwargs, # Passed to `tensor_dls`
 ):
-    "DataLoaders of Fashion-MNIST: one channel, 28x28, from 0 to 1"
+    """DataLoaders of Fashion-MNIST: one channel, 28x28, from 0 to 1
+
+    A `FileNotFoundError` says where the files were looked for and how to get them.
+
+        dls = fashion_mnist_dls(n_train=10_000, labeled=False)
+    """
     labeled = _old_spelling(labeled, kwargs)
     path = _fashion_path(path, download)
     x_train,y_train,x_valid,y_valid = (read_idx(path/nm) for nm in _fashion_files)

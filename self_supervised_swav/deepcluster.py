@@ -50,7 +50,13 @@ def create_deepcluster_model(
     bn:bool=True, # Batch norm in the projector
     nlayers:int=2 # Linear layers of the projector
 ) -> DeepClusterModel:
-    "DeepCluster-v2 model around `encoder`, on its device"
+    """DeepCluster-v2 model around `encoder`, on its device
+
+    It maps crops, a list of (B,C,H,W), to embeddings (V*B,`projection_size`) of unit norm and their scores for each
+    head. A `ValueError` names an `n_protos` below 2.
+
+        model = create_deepcluster_model(encoder, n_protos=(3000,3000,3000))
+    """
     n_protos = [n_protos] if isinstance(n_protos, int) else list(n_protos)
     if not n_protos or not all(isinstance(n, int) and n>=2 for n in n_protos):
         raise ValueError(f"n_protos must be whole numbers of at least 2, one for each head, got {n_protos}")
@@ -91,7 +97,12 @@ class FeatureMemory:
 
 # %% ../nbs/24_deepcluster.ipynb #f9f0938c
 class DeepClusterV2(MultiView):
-    "Prediction of the clusters that k-means finds once an epoch (DeepCluster-v2)"
+    """Prediction of the clusters that k-means finds once an epoch (DeepCluster-v2)
+
+    For example:
+
+        learn = Learner(dls, create_deepcluster_model(encoder), cbs=[DeepClusterV2(augs)])
+    """
     name,title = 'deepclusterv2','DeepCluster-v2'
     own_on_each_rank = True  # for ResumeTraining: each rank remembers the images that it has seen
     signs = 'loss/lnK','cluster_entropy','feature_spread'

@@ -32,7 +32,12 @@ def folder_features(
     whiten:bool=False, # Whitened as the encoder's file says, or else by these images
     follow_links:bool=False # Take what symbolic links to places outside the folder lead to?
 )->tuple: # Features (n,d), float32 on the CPU, and the list of the n files
-    "The features of all images in a folder, by the encoder of a run"
+    """The features of all images in a folder, by the encoder of a run
+
+    For example:
+
+        features,files = folder_features('runs/photos', 'photos')
+    """
     path = find_encoder(run)
     if isinstance(folder, (str,Path)) and not Path(folder).is_dir():
         raise ValueError(f"folder must be a folder of images, {folder} is none")
@@ -74,7 +79,12 @@ def embed_images(
     out='features.npy', # File to write, if `args` is the run
     **kwargs # Other arguments of `EmbedArgs`, if `args` is the run
 )->tuple: # Shape of the features
-    "Write the features of all images in a folder"
+    """Write the features of all images in a folder
+
+    What `swav embed` does: `.npy`, `.csv` or `.parquet`, with the names of the files.
+
+        embed_images('runs/photos', 'photos', out='features.npy')
+    """
     if not isinstance(args, EmbedArgs): args = EmbedArgs(args, folder, str(out), **kwargs)
     out,in_shards = Path(args.out),is_shards(args.folder)
     if out.suffix=='.parquet' and not find_spec('pyarrow'):

@@ -206,7 +206,13 @@ def create_encoder(
     small_images:bool=False, # Keep the resolution in the stem, for images under about 64 px
     **kwargs # More arguments of `timm.create_model`, or of the function
 ) -> nn.Module:
-    "Encoder that maps images (B,`n_in`,H,W) to features (B,n)"
+    """Encoder that maps images (B,`n_in`,H,W) to features (B,n)
+
+    A `ValueError` names an architecture that does not exist, with the ones that are spelled alike, and a
+    `small_images` that the architecture cannot take; a `RuntimeError` says why trained weights are not to be had.
+
+        encoder = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True)
+    """
     args = dict(n_in=n_in, pretrained=pretrained, pool_type=pool_type, small_images=small_images, **kwargs)
     if callable(arch): return create_fastai_encoder(arch, **args)
     if not isinstance(arch, str): raise TypeError(f"arch must be a name or a function of an architecture, got {arch!r}")

@@ -85,7 +85,13 @@ def extract_features(
     progress:bool=True, # Show a progress bar?
     whiten=None # Whiten them: a `Whitening`, or True or a number of directions to fit one to these images
 )->tuple: # Features (n,d) in float32, and targets or None, on the CPU
-    "The encoder's features of every image in `dl`"
+    """The encoder's features of every image in `dl`
+
+    In the order of the data set, whole images without augmentation, normalized as the crops were. A
+    `FloatingPointError` names the batch whose features are not finite.
+
+        features,targets = extract_features(learn, dls.valid)
+    """
     encoder,views = encoder_of(learn_or_encoder)
     if _normalizes(dl): views = None
     device = next((p.device for p in encoder.parameters()), torch.device('cpu'))
@@ -149,7 +155,12 @@ def knn_accuracy(
     chunk:int=4096, # Features compared at a time
     whiten=None # Compare whitened: True or a number of directions, fitted to `train`; or a `Whitening`
 )->float: # Share of `valid` that is predicted rightly
-    "Accuracy of the weighted vote of the nearest neighbors"
+    """Accuracy of the weighted vote of the nearest neighbors
+
+    A `ValueError` names features that are not (n,d), or targets that are not one for each.
+
+        knn_accuracy(extract_features(learn, dls.train), extract_features(learn, dls.valid))
+    """
     x,y,xv,yv,n_classes = _check_split(train, valid)
     layer = as_whitening(whiten, x)
     if layer is None: layer = nn.Identity()
@@ -203,7 +214,12 @@ def linear_probe(
     lr:float|None=None, # Its learning rate, which falls to 0 along a cosine (default: 2/sqrt(d))
     seed:int=42 # Seed of its batches
 )->LinearProbe: # top1, top5 (shares of `valid`), weight, bias
-    "Top-1 and top-5 accuracy of a linear classifier on frozen features"
+    """Top-1 and top-5 accuracy of a linear classifier on frozen features
+
+    Logistic regression on features of zero mean and unit variance; the encoder stays as it is.
+
+        linear_probe(extract_features(learn, dls.train), extract_features(learn, dls.valid)).top1
+    """
     if not C>0: raise ValueError(f"C must be positive, got {C}")
     if solver not in ('auto','sklearn','sgd'):
         raise ValueError(f"solver must be 'auto', 'sklearn' or 'sgd', got {solver!r}")
@@ -225,7 +241,12 @@ def few_label_idxs(
     fraction:float|None=None, # Or the share of each class, in (0,1]
     seed:int=42 # Which ones
 )->torch.Tensor: # Sorted indices into `y`
-    "A few of each class, drawn without touching the global random state"
+    """A few of each class, drawn without touching the global random state
+
+    For example:
+
+        idxs = few_label_idxs(targets, n_per_class=10, seed=0)
+    """
     if (n_per_class is None)==(fraction is None):
         raise ValueError(f"one of n_per_class and fraction must be given, got {n_per_class} and {fraction}")
     if fraction is not None and not 0<fraction<=1: raise ValueError(f"fraction must be in (0,1], got {fraction}")
@@ -249,7 +270,12 @@ def few_label_splits(
     fraction:float|None=None, # Or the share of each class, in (0,1]
     seed:int=42 # Which ones
 )->DataLoaders: # The few for training, in whole batches that leave out hardly any, and the validation set of `dls`
-    "DataLoaders with few labeled training images"
+    """DataLoaders with few labeled training images
+
+    A `ValueError` says which class has fewer images.
+
+        few = few_label_splits(dls, n_per_class=10)
+    """
     ds = dls.train.dataset
     idxs = few_label_idxs(labels_of(ds), n_per_class, fraction, seed).tolist()
     bs = len(idxs)//math.ceil(len(idxs)/dls.train.bs)
@@ -293,7 +319,13 @@ def few_label_learner(
     pretrained:bool=True, # Start with the encoder frozen?
     **kwargs
 )->Learner:
-    "A Learner that classifies with a copy of `encoder` and a new head"
+    """A Learner that classifies with a copy of `encoder` and a new head
+
+    fastai's own `Learner`; its two groups of parameters are encoder and head.
+
+        learn = few_label_learner(encoder, few)
+        learn.fine_tune(20, freeze_epochs=5)
+    """
     encoder,views = encoder_of(encoder)
     x,*y = dls.train.one_batch()
     if not y: raise ValueError("dls must have labels, got images alone")
@@ -319,7 +351,13 @@ def largest_share(
     return y.bincount().max().item()/len(y)
 
 class KNNMetric(EpochColumns):
-    "Accuracy of `knn_accuracy` on labeled images after each epoch of a pretraining, and the share of the largest class"
+    """Accuracy of `knn_accuracy` on labeled images after each epoch, and the share of the largest class
+
+    The labels do not take part in the pretraining. A `ValueError` says before the first step if there are none, or
+    fewer images than neighbors.
+
+        learn = swav_learner(dls, 'resnet18', cbs=KNNMetric(labeled_dls))
+    """
     def __init__(self,
         dls:DataLoaders|None=None, # Labeled images: training set votes, validation set is predicted; None: its own
         k:int=20, # Number of neighbors that vote

@@ -113,7 +113,12 @@ def explore_page(
     seed:int=0, # Of the map and the groups
     progress:bool=False # Show a progress bar over the thumbnails?
 )->Path: # `out`
-    "Write a page that shows images by their features"
+    """Write a page that shows images by their features
+
+    For example:
+
+        explore_page(features, files, out='map.html')
+    """
     files,out = [Path(o) for o in files],Path(out)
     if len(files)!=len(features):
         raise ValueError(f"files must be one for each of the {len(features)} features, got {len(files)}")
@@ -142,7 +147,12 @@ def explore_images(
     out='map.html', # File to write, if `args` is the run
     **kwargs # Other arguments of `ExploreArgs`, if `args` is the run
 )->Groups: # The groups on the page
-    "Write a page that shows the images of a folder as the encoder of a run sees them"
+    """Write a page that shows the images of a folder as the encoder of a run sees them
+
+    What `swav explore` does.
+
+        explore_images('runs/photos', 'photos', out='map.html')
+    """
     if not isinstance(args, ExploreArgs): args = ExploreArgs(args, folder, str(out), **kwargs)
     out,root = Path(args.out),Path(args.folder)
     if out.is_dir(): raise IsADirectoryError(f"out must be a file to write, {out} is a folder")

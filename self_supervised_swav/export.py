@@ -46,7 +46,13 @@ class EncoderArch:
 def encoder_arch(
     path # File of `save_encoder`
 )->EncoderArch: # For `vision_learner(dls, encoder_arch(path), ...)`
-    "The encoder in a file as an architecture for fastai's `vision_learner`"
+    """The encoder in a file as an architecture for fastai's `vision_learner`
+
+    For example:
+
+        learn = vision_learner(dls, encoder_arch('encoder.safetensors'), metrics=accuracy)
+        learn.fine_tune(5)
+    """
     return EncoderArch(path)
 
 # %% ../nbs/46_export.ipynb #bf6f1a89
@@ -152,7 +158,13 @@ def export_encoder(
     size:int|None=None, # Height and width of images, for 'onnx' and 'torch.export' (default: as trained, else 224)
     normalize:bool=False # Put the normalization inside, for 'onnx' and 'torch.export'?
 )->Path: # `path`
-    "Write an encoder for another tool"
+    """Write an encoder for another tool
+
+    What comes out is opened again and compared before it stays: `onnx` and `torch.export` to 1e-4. A `ValueError`
+    names what does not fit the format, an `ImportError` the package that it needs.
+
+        export_encoder('runs/photos', 'encoder.onnx', format='onnx', normalize=True)
+    """
     if format not in export_formats:
         raise ValueError(f"format must be one of {', '.join(export_formats)}, got {format!r}")
     is_program = format in ('onnx','torch.export')

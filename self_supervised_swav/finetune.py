@@ -224,7 +224,12 @@ def finetune_labels(
     out='classifier', # Folder to write, if `args` is the run
     **kwargs # Other arguments of `FinetuneArgs`, if `args` is the run
 )->Classifier:
-    "Write a classifier, made of an encoder and some labels"
+    """Write a classifier, made of an encoder and some labels
+
+    What `swav finetune` does. Errors name files that are not there, and classes with fewer than two images.
+
+        finetune_labels('runs/photos', 'labels.csv', out='classifier', folder='photos')
+    """
     if not isinstance(args, FinetuneArgs): args = FinetuneArgs(args, str(labels), out=str(out), **kwargs)
     out = Path(args.out)
     check_writable(out)
@@ -283,7 +288,12 @@ def predict_images(
     out='predictions.csv', # File to write, if `args` is the classifier
     **kwargs # Other arguments of `PredictArgs`, if `args` is the classifier
 )->dict: # Class to the number of images that are predicted to be of it
-    "Classify the images of a folder, the least certain first"
+    """Classify the images of a folder, the least certain first
+
+    What `swav predict` does.
+
+        predict_images('classifier', 'photos', out='predictions.csv')
+    """
     if not isinstance(args, PredictArgs): args = PredictArgs(str(args), str(folder), out=str(out), **kwargs)
     home = Path(args.classifier)
     if not (home/'classifier.json').is_file():

@@ -107,7 +107,12 @@ def group_images(
     min_size:int|None=None, # Smallest group of HDBSCAN (default: one image in 1,000, at least 5)
     seed:int=0 # Of k-means
 )->Groups: # The largest group first; with `centers`, in their order
-    "Images into groups by their features"
+    """Images into groups by their features
+
+    For example:
+
+        groups = group_images(features, k=20)
+    """
     if method not in ('kmeans','hdbscan'): raise ValueError(f"method must be 'kmeans' or 'hdbscan', got {method!r}")
     check_least('k', k, 1)
     check_least('min_size', min_size, 2)
@@ -184,7 +189,12 @@ def sort_images(
     out='sorted', # Folder to make, if `args` is the run
     **kwargs # Other arguments of `SortArgs`, if `args` is the run
 )->Groups:
-    "Make a folder of links to images, or of copies, one folder in it for each group; a table lists them"
+    """Make a folder of links to images, or of copies, one folder in it for each group; a table lists them
+
+    What `swav sort` does. The images stay where they are.
+
+        sort_images('runs/photos', 'photos', out='sorted')
+    """
     if not isinstance(args, SortArgs): args = SortArgs(args, folder, str(out), **kwargs)
     root,out = Path(args.folder),Path(args.out)
     if args.folder is not None and root.is_dir(): _check_place(out, root)

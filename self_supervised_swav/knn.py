@@ -48,7 +48,12 @@ def nearest_neighbors(
     chunk:int=4096, # Rows of `features` and of `bank` compared at a time
     own=None # (n,) row of the bank that is the image itself and no neighbor of it; -1 where there is none
 ):
-    "Cosine similarities to the `k` most similar rows of `bank`, best first, and their indices: both (n,k)"
+    """Cosine similarities to the `k` most similar rows of `bank`, best first, and their indices: both (n,k)
+
+    For example:
+
+        sims,idxs = nearest_neighbors(features[:3], features, k=5, own=[0,1,2])
+    """
     features,bank = (o.as_subclass(torch.Tensor) for o in (features,bank))  # fastai's types do not mix
     if own is not None: own = torch.as_tensor(own, device=features.device)
     _check_search(features, bank, k, chunk, own)
@@ -83,7 +88,12 @@ def weighted_knn(
     n_classes:int|None=None, # Number of classes (default: the largest label + 1)
     chunk:int=4096, # Rows of `features` and of `bank` compared at a time
 ):
-    "Votes (n,n_classes) of the `k` nearest neighbors by cosine similarity; rows sum to 1, `argmax(1)` predicts"
+    """Votes (n,n_classes) of the `k` nearest neighbors by cosine similarity; rows sum to 1, `argmax(1)` predicts
+
+    A neighbor votes for its class with exp(similarity/temp) (Wu et al. 2018, Section 3.4).
+
+        predicted = weighted_knn(valid_features, features, targets, k=20).argmax(1)
+    """
     features,bank,labels = (o.as_subclass(torch.Tensor) for o in (features,bank,labels))  # fastai's types do not mix
     n_classes = _check_votes(bank, labels, temp, n_classes)
     sim,idx = nearest_neighbors(features, bank, k, chunk)
@@ -97,7 +107,12 @@ def near_duplicates(
     max_pairs:int=10_000, # Keep this many pairs, the most similar
     chunk:int=2048 # Rows compared at a time
 )->tuple: # Pairs (m,2) of row numbers, the smaller first, and their similarities (m,), the most similar first
-    "Pairs of images with nearly the same features"
+    """Pairs of images with nearly the same features
+
+    For example:
+
+        pairs,sims = near_duplicates(features, threshold=.98)
+    """
     features = features.as_subclass(torch.Tensor)
     if not 0 < threshold < 1: raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
     if not max_pairs > 0: raise ValueError(f"max_pairs must be positive, got {max_pairs}")

@@ -348,7 +348,14 @@ def pretrain_learner(
     init=None, # Start from trained weights: 'timm' for published ones, a run or a file; True: `arch` has them
     **kwargs # Any setting of these functions, or of `Learner`, by its name
 )->Learner:
-    "A `Learner` that pretrains `arch` on the images of `dls`"
+    """A `Learner` that pretrains `arch` on the images of `dls`
+
+    What is not given comes from the method's recipe for these images; `learn.recipe` says what and why. A `TypeError`
+    names a setting that no part takes, and the closest one that exists; a `ValueError` names what does not fit these
+    images or this encoder. All before the first step.
+
+        learn = pretrain_learner(dls, 'resnet18', method='simclr')
+    """
     parts = method_named(method)
     given = _sort_settings(method, kwargs)
     if recipe is not None: _check_recipe(method, recipe)
@@ -407,7 +414,14 @@ def swav_learner(
     swav:dict|None=None, # Arguments of `SWAV`
     **kwargs
 )->Learner:
-    "A `Learner` that pretrains `arch` on the images of `dls` with SwAV"
+    """A `Learner` that pretrains `arch` on the images of `dls` with SwAV
+
+    `pretrain_learner` with `method='swav'`: any setting of `create_encoder`, `create_swav_model`,
+    `get_swav_aug_pipelines`, `SWAV` and `Learner` by its name, the others as `swav_recipe` says.
+
+        learn = swav_learner(dls, 'resnet18', n_protos=500)
+        learn.fit_one_cycle(20)
+    """
     return pretrain_learner(dls, arch, 'swav', encoder, model, augs, swav, **kwargs)
 
 def learner_function(

@@ -79,7 +79,13 @@ def create_moco_model(
     nlayers:int=2, # Linear layers of the projector: 1 in version 1 of MoCo, 2 in version 2
     bn_splits:int=1 # Groups of images that the momentum encoder normalizes by themselves
 ) -> MoCoModel:
-    "MoCo model around `encoder`, on its device"
+    """MoCo model around `encoder`, on its device
+
+    It embeds queries and keys as rows of unit norm; the keys' encoder is a moving average, without gradient. A
+    `ValueError` says where `bn_splits` needs batch norm that the encoder does not have.
+
+        model = create_moco_model(encoder, hidden_size=2048, projection_size=128)
+    """
     if not isinstance(bn_splits, int) or bn_splits<1:
         raise ValueError(f"bn_splits must be a positive whole number, got {bn_splits!r}")
     with own_init(): projector,n_in = create_projector(encoder, hidden_size, projection_size, bn, nlayers)
@@ -112,7 +118,12 @@ def _check_version(version):
 
 # %% ../nbs/23_moco.ipynb #50cdcc0b
 class MoCo(Contrastive):
-    "Contrastive learning of crops against a queue of keys (MoCo)"
+    """Contrastive learning of crops against a queue of keys (MoCo)
+
+    For example:
+
+        learn = Learner(dls, create_moco_model(encoder), cbs=[MoCo(get_moco_aug_pipelines(224), K=4096)])
+    """
     name,title,ids_name = 'moco','MoCo','key_ids'
     sync_bn = False  # keys are shuffled between processes instead, as in the paper
     def __init__(self,

@@ -149,7 +149,13 @@ def create_swav_model(
     bn:bool=True, # Batch norm in the projector
     nlayers:int=2 # Linear layers of the projector
 ) -> SwAVModel:
-    "SwAV model around `encoder`, on its device"
+    """SwAV model around `encoder`, on its device
+
+    It maps crops, a list of (B,C,H,W), to embeddings (V*B,`projection_size`) of unit norm and scores (V*B,`n_protos`),
+    their products with the prototypes. A `ValueError` names a width that is no positive whole number.
+
+        model = create_swav_model(encoder, hidden_size=2048, projection_size=128, n_protos=3000)
+    """
     _check_sizes(n_protos=n_protos)
     with own_init():
         projector,n_in = create_projector(encoder, hidden_size, projection_size, bn, nlayers)

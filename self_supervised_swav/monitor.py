@@ -49,7 +49,13 @@ class CollapseWarning(UserWarning): "A run that does not learn"
 
 # %% ../nbs/26_monitor.ipynb #003f3048
 class CollapseMonitor(EpochColumns):
-    "Record in every step whether the method learns, and warn once when it does not"
+    """Record in every step whether the method learns, and warn once when it does not
+
+    Its numbers, which need no labels, become columns of the table; `history` has them for each step. `verdict()` says
+    in words how the run went; a `CollapseWarning` says what to try.
+
+        learn = Learner(dls, model, cbs=[SWAV(augs), CollapseMonitor()])
+    """
     min_patience = 20
     own_on_each_rank = True  # for ResumeTraining: each rank has seen images of its own
     state = 'losses','history','alarms','pending','n_steps','patience','epoch_start','epoch_values','stopping','fresh'

@@ -27,7 +27,10 @@ def lars(
     """LARS without clipping, as the paper of SwAV used it
 
     For each parameter w with gradient g: `r = trust_coeff*|w| / (|g| + wd*|w| + eps)`, then
-    `m = mom*m + r*(g + wd*w)` and `w -= lr*m`."""
+    `m = mom*m + r*(g + wd*w)` and `w -= lr*m`.
+
+        learn = Learner(dls, model, opt_func=lars)
+    """
     return OptimWrapper(params, Lars, lr=lr, momentum=mom, weight_decay=wd, trust_coeff=trust_coeff, eps=eps,
                         always_adapt=True)
 

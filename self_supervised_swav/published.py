@@ -122,7 +122,13 @@ def load_swav_checkpoint(
     encoder_only:bool=False, # The encoder without its head?
     strict:bool=True # Raise an error where the encoder is incomplete? With False, a warning
 )->nn.Module: # Model of SwAV, DeepCluster-v2 or MoCo, or the encoder alone; its `loaded` accounts for all tensors
-    "The model in a published checkpoint, on a timm encoder"
+    """The model in a published checkpoint, on a timm encoder
+
+    Reads tensors alone and runs no code. A `ValueError` accounts for what the encoder misses, unless `strict=False`.
+
+        model = load_swav_checkpoint('swav_800ep_pretrain.pth.tar')
+        learn = swav_learner(dls, model.encoder, init=True)
+    """
     raw = checkpoint_tensors(path)
     names = {k: _our_name(k) for k in raw}
     if not any(k.endswith('heads.1.clf.0.weight') for k in raw): # one head of VISSL is a classifier
@@ -223,7 +229,12 @@ def load_official(
     folder=None, # Where the file is kept (default: the checkpoints of torch.hub)
     encoder_only:bool=False, # The encoder without its head?
 )->nn.Module: # As `load_swav_checkpoint` gives it
-    "A published model, downloaded once and checked"
+    """A published model, downloaded once and checked
+
+    A `RuntimeError` says what to do where there is no connection.
+
+        encoder = load_official('swav_800ep', encoder_only=True)
+    """
     if name not in official: raise ValueError(f"name must be one of {', '.join(official)}, got {name!r}")
     o,folder = official[name],Path(torch.hub.get_dir())/'checkpoints' if folder is None else Path(folder)
     path,noted = folder/f'{name}.pth',folder/f'{name}.sha256'

@@ -142,7 +142,12 @@ def paper_recipe(
     batch_size=None,# One that the paper or its code has; SwAV: 256 with a queue, 4096 with warm-up and no queue
     n_epochs=None,  # Length of the fit; by default that of the longest run in the paper's tables
 ) -> dict: # Keyword arguments, by the function that takes them
-    "The published hyper-parameters of a method for ImageNet and a ResNet-50"
+    """The published hyper-parameters of a method for ImageNet and a ResNet-50
+
+    Each with the flag or the table that it is from, in the source. A `ValueError` names a batch that was not published.
+
+        paper_recipe('swav', 256)['swav']['eps']
+    """
     if not isinstance(method, str):                   # paper_recipe(256), paper_recipe(256, 400)
         method,batch_size,n_epochs = 'swav',method,batch_size if n_epochs is None else n_epochs
     if method not in _papers: raise ValueError(f"method must be one of {', '.join(map(repr, _papers))}, got {method!r}")
@@ -301,7 +306,12 @@ def swav_recipe(
     n_protos=None, # Number of prototypes, if it is decided; the queue follows it
     pretrained=False, # Go on from published weights? See `continued`
 ) -> Recipe: # Keyword arguments, by the function that takes them, with their reasons
-    "Hyper-parameters of SwAV for a data set"
+    """Hyper-parameters of SwAV for a data set
+
+    A `ValueError` names a number that is no whole one, or a batch that is larger than the data set.
+
+        print(swav_recipe(n_images=10_000, bs=64, image_size=160))
+    """
     if n_protos is not None: _check_at_least('n_protos', n_protos, 2)
     r = common_recipe('swav', n_images, bs, image_size, n_classes, world_size)
     batch = bs*world_size

@@ -154,7 +154,13 @@ def _list_differences(pairs):
 class TrainingStopped(KeyboardInterrupt): "A fit that was asked to stop, and has written its file"
 
 class ResumeTraining(Callback):
-    "Write everything that the fit depends on to `path`, and go on from there if it exists"
+    """Write everything that the fit depends on to `path`, and go on from there if it exists
+
+    The same call of `fit` goes on where the last one was stopped, bit for bit on one device. A `ValueError` says in
+    what this run differs from the one in the file; a damaged file is replaced by the one before it, with a warning.
+
+        learn = swav_learner(dls, 'resnet18', cbs=ResumeTraining('run/last.pth', every=500))
+    """
     order,remove_on_fetch = SaveModelCallback.order+100,True  # after all that changes the model at the end of a fit
     watches_only = True
     def __init__(self,

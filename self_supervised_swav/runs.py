@@ -87,7 +87,12 @@ class EpochHistory(CSVLogger):
         if not hasattr(self, 'gather_preds'): self.learn.logger = self.old_logger
 
 class SaveEncoder(Callback):
-    "Save the encoder to `path` after each epoch"
+    """Save the encoder to `path` after each epoch
+
+    As `save_encoder` does.
+
+        learn = swav_learner(dls, 'resnet18', cbs=SaveEncoder('encoder.safetensors'))
+    """
     order,run_valid,first_rank_only = EpochHistory.order+1,False,True
     def __init__(self, path, **settings): self.to,self.more = Path(path),settings
     def after_epoch(self): self.save()
@@ -406,7 +411,12 @@ def _name_of(source):
     return re.sub(r'\{[^}]*\}|\.tar$', '', source.rpartition('/')[2]).strip('-_. ') or 'shards'
 
 class PretrainRun:
-    "A pretraining in the folder `out`"
+    """A pretraining in the folder `out`
+
+    What `swav pretrain` does. `fit()` trains, and writes encoder, history, checkpoint and report there.
+
+        PretrainRun('photos', out='runs/photos', epochs=20).fit()
+    """
     def __init__(self,
         args, # `PretrainArgs`, or only its `source`
         out=None, # Folder of the run, if `args` is the source

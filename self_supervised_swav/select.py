@@ -98,7 +98,12 @@ def select_to_label(
     labeled=(), # Indices of images that have labels already
     seed:int=42 # Of k-means, and of random images; 'coverage' draws only where there are more than 20,000 images
 )->torch.Tensor: # (n,) indices, the most useful first
-    "Images to label first"
+    """Images to label first
+
+    A `ValueError` names features that are not finite, or an `n` above the number of images without a label.
+
+        idxs = select_to_label(features, 50)
+    """
     x = torch.as_tensor(features).detach().as_subclass(torch.Tensor).float().cpu()
     if x.ndim!=2: raise ValueError(f"features must be (n_images,d), got shape {tuple(x.shape)}")
     if not x.isfinite().all(): raise ValueError("features must be finite, got nan or inf")
@@ -185,7 +190,12 @@ def select_images(
     out='selected.csv', # File to write, if `args` is the run
     **kwargs # Other arguments of `SelectArgs`, if `args` is the run
 )->list: # Names of the images, the most useful first
-    "Write a list of the images to label first, as a CSV file to fill in"
+    """Write a list of the images to label first, as a CSV file to fill in
+
+    What `swav select` does.
+
+        select_images('runs/photos', 'photos', out='selected.csv', number=50)
+    """
     if not isinstance(args, SelectArgs): args = SelectArgs(args, str(folder), out=str(out), **kwargs)
     check_writable(Path(args.out).parent)
     labels = read_labels(args.labels)[0] if args.labels else {}

@@ -87,7 +87,12 @@ def create_simclr_model(
     bn:bool=True, # Batch norm in the projector
     nlayers:int=2 # Linear layers of the projector
 ) -> SimCLRModel:
-    "SimCLR model around `encoder`, on its device"
+    """SimCLR model around `encoder`, on its device
+
+    It maps crops, a list of (B,C,H,W), to embeddings (V*B,`projection_size`) of unit norm.
+
+        model = create_simclr_model(encoder, hidden_size=2048, projection_size=128)
+    """
     with own_init(): projector,n_in = create_projector(encoder, hidden_size, projection_size, bn, nlayers)
     return SimCLRModel(encoder, projector, n_in)
 
@@ -101,13 +106,23 @@ def get_simclr_aug_pipelines(
     rotate:bool=False, # Rotate some crops?
     **kwargs # Passed to `get_batch_augs`
 )->list:
-    "Pipelines for SimCLR (Chen et al. 2020, Appendix A): crop, flip, jitter, gray, blur"
+    """Pipelines for SimCLR (Chen et al. 2020, Appendix A): crop, flip, jitter, gray, blur
+
+    For example:
+
+        augs = get_simclr_aug_pipelines(224)
+    """
     if size is not None: crop_sizes = (size,*crop_sizes[1:])
     return get_swav_aug_pipelines(num_crops, crop_sizes, min_scales, max_scales, rotate=rotate, **kwargs)
 
 # %% ../nbs/22_simclr.ipynb #71c66b92
 class SimCLR(Contrastive):
-    "Contrastive learning of crops against a batch (SimCLR)"
+    """Contrastive learning of crops against a batch (SimCLR)
+
+    For example:
+
+        learn = Learner(dls, create_simclr_model(encoder), cbs=[SimCLR(get_simclr_aug_pipelines(224))])
+    """
     name,title,ids_name = 'simclr','SimCLR','large_ids'
     def __init__(self,
         aug_pipelines=None, # Required: one fastai `Pipeline` for each crop, as `get_simclr_aug_pipelines` gives them

@@ -151,7 +151,10 @@ def sinkhorn(
     every column by its sum, then every row, come near it; rows are exact, columns approximate. No gradient.
 
     Finite for every finite score and every positive `eps`. A `ValueError` names an argument that does not fit, scores
-    that are not finite on a CPU included."""
+    that are not finite on a CPU included.
+
+        codes = sinkhorn(embeddings @ prototypes.T, eps=0.05, n_iters=3)
+    """
     if scores.ndim!=2 or not scores.shape[1]:
         raise ValueError(f"scores must have the shape (B,K) with K>0, got {tuple(scores.shape)}")
     if scores.is_complex(): raise ValueError(f"scores must be real numbers, got {scores.dtype}")

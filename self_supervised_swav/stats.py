@@ -20,20 +20,35 @@ def _entropy(p): return torch.special.entr(p).sum(-1)
 def code_entropy(
     codes:torch.Tensor # (...,K) codes, non-negative, each row sums to 1
 )->torch.Tensor: # Scalar in nats, from 0 (every code is one prototype) to ln K (every code is even)
-    "Mean over the codes of their entropies: are single codes sharp?"
+    """Mean over the codes of their entropies: are single codes sharp?
+
+    The mean over rows q of -sum_k q_k ln q_k.
+
+        code_entropy(sinkhorn(scores))/math.log(scores.shape[1])  # 1: every code is even
+    """
     return _entropy(_as_rows(codes, 'codes')).mean()
 
 def mean_code_entropy(
     codes:torch.Tensor # (...,K) codes, non-negative, each row sums to 1
 )->torch.Tensor: # Scalar in nats, from 0 (one prototype gets all) to ln K (all get the same)
-    "Entropy of the mean of the codes: are all prototypes used?"
+    """Entropy of the mean of the codes: are all prototypes used?
+
+    -sum_k m_k ln m_k with m the mean of the rows.
+
+        mean_code_entropy(sinkhorn(scores))
+    """
     return _entropy(_as_rows(codes, 'codes').mean(0))
 
 # %% ../nbs/02_stats.ipynb #e1315850
 def prototype_usage(
     codes:torch.Tensor # (...,K) codes or scores
 )->torch.Tensor: # Scalar share, from 1/K to min(1,N/K)
-    "Share of the K prototypes that are the largest entry of at least one of N rows"
+    """Share of the K prototypes that are the largest entry of at least one of N rows
+
+    For example:
+
+        prototype_usage(scores)
+    """
     codes = _as_rows(codes, 'codes')
     return codes.new_zeros(codes.shape[1]).index_fill_(0, codes.argmax(1), 1.).mean()
 
@@ -42,7 +57,12 @@ def code_overlap(
     p:torch.Tensor, # (K,) mean code of a batch
     q:torch.Tensor # (K,) mean code of another
 )->torch.Tensor: # Scalar, from 0 (no prototype in common) to K (both use only one); 1 for independent even ones
-    "How much more two batches share prototypes than they would by chance"
+    """How much more two batches share prototypes than they would by chance
+
+    K times the product of the two mean codes. A `ValueError` says if their shapes differ.
+
+        code_overlap(codes[:64].mean(0), codes[64:].mean(0))
+    """
     if p.ndim!=1 or p.shape!=q.shape or not len(p):
         raise ValueError(f"p and q must have the same shape (K,), got {tuple(p.shape)} and {tuple(q.shape)}")
     return (p.detach().float()*q.detach().float()).sum()*len(p)
@@ -51,7 +71,12 @@ def code_overlap(
 def feature_spread(
     features:torch.Tensor # (...,d) features, of any length but 0
 )->torch.Tensor: # Scalar in [0,1]
-    "Root mean squared distance of the normalized features from their mean"
+    """Root mean squared distance of the normalized features from their mean
+
+    0 where all features point the same way, near 1 where they point everywhere.
+
+        feature_spread(features)
+    """
     z = F.normalize(_as_rows(features, 'features'), dim=1)
     return (z-z.mean(0)).square().sum(1).mean().sqrt()
 
@@ -59,7 +84,12 @@ def feature_spread(
 def effective_rank(
     features:torch.Tensor # (...,d) finite features
 )->torch.Tensor: # Scalar, a number of dimensions from 1 to min(N,d)
-    "Exponential of the entropy of the normalized singular values"
+    """Exponential of the entropy of the normalized singular values
+
+    exp(-sum_i p_i ln p_i) with p_i = s_i/sum(s) (Roy and Vetterli 2007).
+
+        effective_rank(features)  # 1: all vary along one line
+    """
     x = _as_rows(features, 'features')
     x = (x.cpu() if x.device.type=='mps' else x).double()  # which has no float64
     gram = x.T@x if len(x)>x.shape[1] else x@x.T

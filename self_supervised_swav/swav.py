@@ -28,7 +28,10 @@ class SWAV(MultiView):
     Cuts crops from each batch, turns the scores of the crops `crop_assgn_ids` into codes (`sinkhorn`, with the queue
     once it is full and `queue_start_pct` of the fit is over), and trains every other crop to predict them
     (`swapped_loss`). The model must return embeddings and scores, as `create_swav_model` makes it. Settings that
-    cannot work are errors before the first step; `learn.swav.show()` draws the crops."""
+    cannot work are errors before the first step; `learn.swav.show()` draws the crops.
+
+        learn = Learner(dls, model, cbs=[SWAV(augs, crop_assgn_ids=[0,1])])
+    """
     title = 'SwAV'
     signs = 'loss/lnK','code_entropy','mean_code_entropy','proto_usage','feature_spread','code_overlap','uses_queue'
     columns = (*signs[:5],'effective_rank')

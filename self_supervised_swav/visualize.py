@@ -147,7 +147,12 @@ def project_features(
     method:str='auto', # 'pca', 'umap', or 'auto': UMAP where it is installed
     seed:int=0 # Of UMAP
 )->tuple: # (n,2) coordinates and the names of the two axes
-    "Features of unit length in two dimensions"
+    """Features of unit length in two dimensions
+
+    For example:
+
+        xy,(x_name,y_name) = project_features(features, 'pca')
+    """
     if method not in ('auto','pca','umap'): raise ValueError(f"method must be 'auto', 'pca' or 'umap', got {method!r}")
     if features.ndim!=2 or len(features)<2 or features.shape[1]<1:
         raise ValueError(f"features must be at least two rows, (n,d), got shape {tuple(features.shape)}")

@@ -40,7 +40,12 @@ def _varying_directions(x):
 
 # %% ../nbs/02_whitening.ipynb #9403178a
 class Whitening(nn.Module):
-    "A linear layer that whitens features: append it to an encoder, or call it with features"
+    """A linear layer that whitens features: append it to an encoder, or call it with features
+
+    For example:
+
+        whitened = Whitening.fit(features)(features)
+    """
     def __init__(self,
         mean, # (d,) subtracted first
         weight # (n,d) scaled directions

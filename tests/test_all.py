@@ -31,6 +31,26 @@ def test_every_name_says_what_it_is():
         assert inspect.getdoc(v), f'{k} has no docstring'
         assert v.__module__.startswith('self_supervised_swav.'), f'{k} comes from {v.__module__}'
 
+def example_of(f):
+    return inspect.cleandoc('\n'.join(l for l in (inspect.getdoc(f) or '').splitlines() if l[:4]=='    '))
+
+has_example = sorted(k for k,v in star().items() if example_of(v) and '(' in example_of(v))
+
+def test_what_is_called_most_has_an_example():
+    assert {'swav_dls','create_encoder','create_swav_model','get_swav_aug_pipelines','swav_learner','SWAV',
+            'CollapseMonitor','ResumeTraining','save_encoder','load_encoder','extract_features','knn_accuracy',
+            'few_label_learner','select_to_label','export_encoder'}<=set(has_example)
+    assert len(has_example)>60
+
+@pytest.mark.parametrize('name', has_example)
+def test_examples_of_docstrings(name):
+    "It uses the name itself, and every call of ours has arguments that exist"
+    names,nodes = star(),list(ast.walk(ast.parse(example_of(star()[name]))))
+    assert name in {n.id for n in nodes if isinstance(n, ast.Name)}
+    for n in nodes:
+        if isinstance(n, ast.Call) and (f := names.get(getattr(n.func, 'id', ''))):
+            inspect.signature(f).bind(*n.args, **{k.arg: k.value for k in n.keywords})
+
 def test_every_module_is_in_all():
     "Its patches reach the Learner only if it is imported"
     nodes = ast.walk(ast.parse(sources['all']))
