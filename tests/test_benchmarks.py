@@ -8,7 +8,7 @@ from helpers import rounding
 
 folder = Path(__file__).parent.parent/'benchmarks'
 sys.path.insert(0, str(folder))
-import collapse, harness, kernels, methods, quality, selection, steps
+import collapse, harness, kernels, load, methods, quality, selection, steps
 import run as bench
 
 tiny = dict(arch='resnet18', bs=4, num_crops=(2,1), crop_sizes=(32,24))
@@ -208,6 +208,18 @@ def test_methods_tables_go_between_their_markers(tmp_path):
     assert 'two' in text.split(methods.begin)[1].split(methods.end)[0]
     assert text.split(methods.begin)[0]==before.split(methods.begin)[0]
     assert text.split(methods.end)[1]==before.split(methods.end)[1]
+
+# --- many images ---
+@pytest.mark.slow
+def test_load_measures_each_piece_once(tmp_path, monkeypatch):
+    again = ['--quick','--out',str(tmp_path)]
+    text = load.main(again)
+    rows = [[c.strip() for c in o.split('|')] for o in text.splitlines()[2:]]
+    assert [r[1] for r in rows]==['prepare small','epoch folder','epoch shards','search','embed','prepare photos',
+                                  'photos folder','photos shards']
+    assert rows[0][2]=='300 images' and rows[1][2]==rows[2][2]=='256 of 300 images' and rows[4][2]=='300 images'
+    monkeypatch.setattr(load, 'apart', None)  # nothing can be measured any more
+    assert load.main(again)==text
 
 # --- which images to label ---
 def test_selection_gives_a_row_for_each_size_once(tmp_path, monkeypatch):
