@@ -174,9 +174,9 @@ def rows(found):
             yield (name,f"{r['images']:,} images",speed(r['images'], r),
                    f"peak {mb(r['peak'])}, {mb(r['before'])} after a first shard",r)
         else:
-            first,last = r['memory'][0],r['memory'][-1]
-            what = (f"{mb(first)} after a tenth, {mb(last)} at the end ({(last-first)/r['all']:+,.0f} bytes an image)"
-                    if name.startswith('epoch') else '')
+            half = len(r['memory'])//2
+            first,second = (max(o, default=0) for o in (r['memory'][:half],r['memory'][half:]))
+            what = f"at most {mb(first)} in its first half, {mb(second)} in its second" if 'epoch' in name else ''
             yield name,f"{r['images']:,} of {r['all']:,} images",speed(r['images'], r),what,r
 
 def report(found):
