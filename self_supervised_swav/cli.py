@@ -304,7 +304,9 @@ def _among_ranks(name, args):
                          f"got {name}")
     os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # a lost store writes pages of warnings
     from self_supervised_swav.ranks import joined
-    with joined(args.device, getattr(args, 'patience', 45.)):
+    # in others than pretrain, the first rank computes for long what the others wait for
+    waits = dict(patience=args.patience) if hasattr(args, 'patience') else dict(patience=600., longest=7*86400.)
+    with joined(args.device, **waits):
         if _rank()==0: yield
         else:
             with open(os.devnull, 'w') as f, redirect_stdout(f), warnings.catch_warnings():

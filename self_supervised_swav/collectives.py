@@ -7,7 +7,7 @@ __all__ = ['wishes', 'world', 'rank_here', 'alone', 'share', 'Wishes', 'exchange
            'rows_to_first']
 
 # %% ../nbs/05_collectives.ipynb #81b8fa99
-import io, json
+import io, json, math
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 import torch.distributed as dist
@@ -125,7 +125,7 @@ def rows_to_first(
     n_at_once:int=1<<24 # Numbers in a message
 ): # Blocks of rows (m,d), one after the other, on the first rank; none on the others
     "The rows of all ranks, in the order of the ranks, in pieces that need little memory"
-    step = max(1, n_at_once//max(1, x[:1].numel()))
+    step = max(1, n_at_once//max(1, math.prod(x.shape[1:])))  # the same on a rank without rows
     yield from x.split(step) if rank_here()==0 and len(x) else ()
     if group is None: return
     device = _message_device(group)

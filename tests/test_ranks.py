@@ -2,17 +2,24 @@
 
 The ranks are forked from a server that has imported everything once, and find each other as `torchrun` lets them. What
 `torchrun` itself does (`--gpus`, restarts) is at the end, and slow."""
-import os, signal, socket, subprocess, sys, time
+import json, os, shlex, signal, socket, subprocess, sys, time
 from pathlib import Path
-import multiprocessing as mp, pytest, torch
+import multiprocessing as mp, pytest, torch, yaml
+import torch.distributed as dist
 from PIL import Image
+from fastai.callback.core import Callback
 from sklearn.datasets import load_digits
+from test_distributed import ranks_learner, run_ranks
+from torch.distributed.run import get_args_parser
 from self_supervised_swav import cli, runs
+from self_supervised_swav.checkpoints import save_encoder
+from self_supervised_swav.encoders import create_encoder
 
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # as the command does before it imports torch
 ctx = mp.get_context('forkserver')
 ctx.set_forkserver_preload(['self_supervised_swav.all', 'self_supervised_swav.distributed', 'self_supervised_swav.runs',
                             'self_supervised_swav.compare', 'self_supervised_swav.embed', 'helpers'])
+docs = Path(__file__).resolve().parent.parent/'docs'
 tiny = ['--set', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16', 'num_crops=2,1', 'bf16=False']
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
@@ -164,3 +171,164 @@ def test_what_all_ranks_must_agree_on(tmp_path):
     assert codes==[2,2] and 'no checkpoint in' in err[0] and err[1]==''
     codes,_,err = on_ranks(tmp_path, 2, ['doctor'])
     assert codes==[2,2] and 'must be one of pretrain, embed, evaluate, got doctor' in err[0]
+
+# --- embed and evaluate -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp('run')
+    torch.manual_seed(0)
+    encoder = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, layers=(1,1,1,1),
+                             channels=(8,8,16,16))
+    save_encoder(encoder, path/'encoder.safetensors', size=16)
+    return path
+
+def _bytes(*paths): return [p.read_bytes() for p in paths]
+
+@pytest.mark.parametrize('more', [[], ['--whiten']], ids=['','whitened'])
+def test_embed(more, run, photos, tmp_path):
+    "The bytes of one process, where the last rank has less, and where there are more ranks than batches"
+    args = ['embed',run,photos,'--num-workers',0,'--device','cpu',*more]
+    assert cli.main([*map(str, [*args,'--bs',50,'-o',tmp_path/'one.npy'])])==0
+    whole = _bytes(tmp_path/'one.npy', tmp_path/'one.csv')
+    codes,out,err = on_ranks(tmp_path, 3, [*args,'--bs',50,'-o',tmp_path/'three.npy'])
+    assert codes==[0]*3 and 'Wrote 360 features of width' in out[0] and out[1]==out[2]=='', err
+    assert _bytes(tmp_path/'three.npy', tmp_path/'three.csv')==whole
+    assert cli.main([*map(str, [*args,'--bs',400,'-o',tmp_path/'a.npy'])])==0
+    codes,_,err = on_ranks(tmp_path, 2, [*args,'--bs',400,'-o',tmp_path/'b.npy'])
+    assert codes==[0,0] and _bytes(tmp_path/'a.npy')==_bytes(tmp_path/'b.npy'), err
+
+def test_evaluate(run, photos, tmp_path):
+    "The figures of one process: features are shared by images, trainings by turns"
+    args = ['evaluate',run,photos,'--num-workers',0,'--device','cpu','--labels',5,'--seeds',3,'--epochs',3]
+    def read(name): return {k: v for k,v in json.loads((tmp_path/name).read_text()).items() if k!='secs'}
+    assert cli.main([*map(str, [*args,'-o',tmp_path/'one.json'])])==0
+    codes,out,err = on_ranks(tmp_path, 2, [*args,'-o',tmp_path/'two.json'])
+    assert codes==[0,0] and 'accuracy on 72 held-out images' in out[0] and out[1]=='', err
+    assert read('one.json')==read('two.json')
+
+def test_another_encoder(run, photos, tmp_path):
+    other = tmp_path/'other'
+    other.mkdir()
+    settings = create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, layers=(1,1,1,1),
+                              channels=(8,8,16,16))
+    save_encoder(settings, other/'encoder.safetensors', size=16)
+    codes,_,err = on_ranks(tmp_path, 2, [['embed',o,photos,'-o',tmp_path/'x.npy'] for o in (run,other)])
+    assert codes==[2,2] and 'all ranks must have the same encoder: rank 1 (' in err[0]
+    assert not (tmp_path/'x.npy').exists()
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+def _count_bytes(rank, size, sizes):
+    "What this rank puts into each message of each step: sums, gathered rows, gradients"
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    steps,grads,now = [],[],{'all_reduce': [], 'all_gather': [], 'broadcast': []}
+    for name,arg in (('all_reduce',0), ('all_gather',1), ('broadcast',0)):
+        def counted(*args, f=getattr(dist, name), name=name, arg=arg, **kwargs):
+            if not kwargs.get('async_op'): now[name].append(args[arg].numel()*args[arg].element_size())
+            return f(*args, **kwargs)
+        setattr(dist, name, counted)
+    def hook(state, bucket):
+        grads.append(bucket.buffer().numel()*bucket.buffer().element_size())
+        return allreduce_hook(state, bucket)
+    learn = ranks_learner(sizes, rank, K=24, dtype=torch.float32)
+    class Count(Callback):
+        order = -100
+        def before_train(self): self.learn.model.register_comm_hook(None, hook)
+        def before_batch(self):
+            for o in (*now.values(),grads): o.clear()
+        def after_step(self): steps.append({k: list(v) for k,v in now.items()} | dict(gradients=sum(grads)))
+    learn.add_cb(Count())
+    with learn.distrib_ctx(sync_bn=False): learn.fit(1)
+    return steps,sum(p.numel() for p in learn.model.parameters() if p.requires_grad)
+
+@pytest.mark.parametrize('sizes', [[6,6],[2,3,3]], ids=str)
+def test_bytes_of_a_step(sizes, tmp_path):
+    "Sums for the codes: K floats for each crop and iteration, whatever the batch, as in the tutorial on large scale"
+    for steps,n_params in run_ranks(_count_bytes, len(sizes), tmp_path, sizes):
+        assert len(steps)==48//sum(sizes)
+        for s in steps:
+            assert s['all_reduce']==[4*12]*(2*3)  # 12 prototypes, 2 assigned crops, 3 iterations
+            # two looks at 3 numbers in float64, the second one at the loss; rows of the longest part, 2 crops, 8 wide
+            assert sorted(s['all_gather'])==sorted([3*8,3*8,4*2*max(sizes)*8])
+            assert s['broadcast']==[] and s['gradients']==4*n_params
+
+# --- files for clusters -----------------------------------------------------------------------------------------------
+def test_files_for_clusters():
+    "They are those that the page shows, and their commands are understood"
+    page = (docs/'several-gpus.md').read_text()
+    slurm,k8s = ((docs/'cluster'/o).read_text() for o in ('slurm.sh','pytorchjob.yaml'))
+    assert f'```sh\n{slurm}```' in page and f'```yaml\n{k8s}```' in page
+    subprocess.run(['bash','-n',docs/'cluster'/'slurm.sh'], check=True)
+    worker = yaml.safe_load(k8s)['spec']['pytorchReplicaSpecs']['Worker']['template']['spec']['containers'][0]
+    job = [*worker['command'],*worker['args']]
+    line = next(o for o in slurm.replace('\\\n', '').splitlines() if o.startswith('srun')).rstrip('& ')
+    line = line.replace('$SLURM_NNODES', '4').replace(' "${RESUME[@]}"', ' --resume')
+    for words in (job[1:], shlex.split(line)[3:]):
+        args = get_args_parser().parse_args(words)
+        assert args.module and args.training_script=='self_supervised_swav'
+        given = cli.create_parser('pretrain').parse_args(args.training_script_args)
+        assert given.bs==4096 and given.num_workers==7
+
+# --- torchrun itself --------------------------------------------------------------------------------------------------
+def _swav(*args, **kwargs):
+    env = os.environ|dict(OMP_NUM_THREADS='1', PYTHONPATH=str(docs.parent))
+    return subprocess.Popen([sys.executable, '-u', '-m', 'self_supervised_swav', *map(str, args)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+def _when(ready, p):
+    while not ready():
+        assert p.poll() is None, p.communicate()
+        time.sleep(.05)
+
+def _children(pid):
+    "Processes that `pid` has started"
+    found = subprocess.run(['ps','--ppid',str(pid),'-o','pid='], capture_output=True, text=True).stdout.split()
+    return [int(o) for o in found]
+
+@pytest.mark.slow
+def test_gpus(photos, tmp_path):
+    "`--gpus 2`: a killed rank, a restart from the checkpoint, Ctrl-C, and the end"
+    out,args = tmp_path/'run',['pretrain',photos,'--bs',32,'--num-workers',0,'--gpus',2]
+    p = _swav(*args, '--out', out, '--epochs', 30, '--every', 3, '--max-restarts', 1, '--no-knn', *tiny)
+    _when((out/'last.pth').exists, p)
+    os.kill(_children(p.pid)[1], signal.SIGKILL)
+    _when(lambda: (out/'history.csv').exists() and len((out/'history.csv').read_text().splitlines())>8, p)
+    p.send_signal(signal.SIGINT)
+    said,err = p.communicate(timeout=100)
+    assert p.returncode==130, err
+    assert 'no GPU is used: 2 processes share the processor' in err
+    assert said.count('the launcher has started this run again')==1 and said.count('going on at epoch')==1
+    assert f'continue with: swav pretrain {photos} --out {out} --resume --gpus 2' in err and 'Traceback' not in err
+    # nothing is left to restart: the exit code is that of the rank
+    p = _swav(*args, '--out', out, '--resume')
+    _when(lambda: len(_children(p.pid))==2, p)
+    before = (out/'last.pth').stat().st_mtime
+    _when(lambda: (out/'last.pth').stat().st_mtime>before, p)
+    os.kill(_children(p.pid)[1], signal.SIGKILL)
+    _,err = p.communicate(timeout=100)
+    assert p.returncode==128+signal.SIGKILL and 'was ended by SIGKILL' in err and 'rank 1 (' in err, err
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['simclr','mocov1','mocov2','deepclusterv2'])
+def test_other_methods(method, photos, tmp_path):
+    "Each method stops and goes on among ranks, bit for bit"
+    small = [o for o in tiny if not o.startswith('num_crops' if method=='deepclusterv2' else ('num_crops','n_protos'))]
+    args = ['pretrain',photos,'--method',method,'--bs',32,'--num-workers',0]
+    settings = ['--epochs',3,'--every',4,'--no-knn',*small]
+    codes,_,err = on_ranks(tmp_path, 2, [*args,*settings,'--out',tmp_path/'whole'], before=(_no_report,))
+    assert codes==[0,0], err
+    codes,_,err = on_ranks(tmp_path, 2, [*args,*settings,'--out',tmp_path/'cut'], before=(_signal,1,13,signal.SIGINT))
+    assert codes==[130,130], err
+    codes,_,err = on_ranks(tmp_path, 2, [*args,'--out',tmp_path/'cut','--resume'], before=(_no_report,))
+    assert codes==[0,0], err
+    assert weights(tmp_path/'cut')==weights(tmp_path/'whole') and epochs(tmp_path/'cut')==epochs(tmp_path/'whole')
+
+def _freeze(rank, which, step):
+    if rank==which: at_step(step, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+@pytest.mark.slow
+def test_a_rank_is_frozen(tmp_path):
+    "It says nothing any more: within a minute the others end"
+    ps = Ranks(tmp_path, 2, [*short,'--out',tmp_path/'run'], before=(_freeze,1,12))
+    ps.ps[0].join(100)
+    codes,_,err = ps.end(1)
+    assert codes==[2,None] and 'rank 1 (' in err[0] and 'is lost: no word from it for 3' in err[0]
