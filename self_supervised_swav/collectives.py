@@ -7,7 +7,7 @@ __all__ = ['wishes', 'world', 'rank_here', 'alone', 'share', 'Wishes', 'exchange
            'rows_to_first']
 
 # %% ../nbs/05_collectives.ipynb #81b8fa99
-import io, json, math
+import io, json, math, os
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 import torch.distributed as dist
@@ -29,8 +29,11 @@ def alone():
     "Inside, this process computes as if there were no others: they need not do the same"
     global _alone
     old,_alone = _alone,True
+    env = {k: os.environ.pop(k) for k in ('RANK','WORLD_SIZE') if k in os.environ}  # where fastai looks
     try: yield
-    finally: _alone = old
+    finally:
+        _alone = old
+        os.environ.update(env)
 
 def share(
     n:int, # Number of things that every rank holds alike
