@@ -19,6 +19,7 @@ from fastai.callback import schedule  # noqa: F401  it patches Learner
 from fastai.torch_core import default_device, set_seed
 from fastai.vision.augment import Normalize
 from .args import EvaluateArgs, check_arg, check_least, label_part, versions
+from .collectives import alone, gather_json, rank_here, world
 from .checkpoints import create_from_settings, encoder_of, encoder_settings, load_encoder
 from .data import labels_of
 from .encoders import first_conv
@@ -27,6 +28,7 @@ from .evaluate import (NoValidation, extract_features, few_label_idxs, few_label
 from .files import check_writable, write_json
 from .models import in_eval
 from .randomness import own_randomness
+from .ranks import check_alike, decided_by_first, file_digest
 from .runs import find_encoder, saved_args, tell_merged
 from .sources import ImageSource, absolute_source
 from .whitening import Whitening
@@ -207,7 +209,7 @@ class _Comparison:
         self.parts = {o: label_part(o) for o in labels}
         self.idxs = {(o,s): few_label_idxs(self.y, **part, seed=s) for o,part in self.parts.items()
                      for s in range(seeds)}
-        self.accuracy,self.twins = {},{}
+        self.group,self.records,self.job,self.twins = world(),[],0,{}
         alike = {}
         for e in entries:
             if e.kind: alike.setdefault(e.kind, []).append(e)
@@ -219,12 +221,21 @@ class _Comparison:
         if len(set(names))<len(names) or set(names)&set(reserved):
             raise ValueError(f"encoders must have different names, and none of {', '.join(reserved)}, got {names}")
 
-    def _record(self, method, label, value): self.accuracy.setdefault(method, {}).setdefault(label, []).append(value)
+    def _record(self, method, label, value): self.records.append((self.job, method, label, float(value)))
+
+    def _accuracy(self):
+        "The records of all ranks, each job's from the one that did it, by method and labels"
+        records,res = [o for said in gather_json(self.records, self.group) for o in said],{}
+        for _,method,label,value in sorted(records, key=lambda o: o[0]):
+            res.setdefault(method, {}).setdefault(label, []).append(value)
+        return res
 
     def measure_features(self, kind, encoder, dls, seeds):
         "k-NN and linear probe of one kind of features: with all labels, and with the few labels of `seeds`"
-        try: (x,y),valid = (extract_features(encoder, dl, progress=False) for dl in (dls.train,dls.valid))
+        try: (x,y),valid = (extract_features(encoder, dl, progress=False, group=self.group)
+                            for dl in (dls.train,dls.valid))
         except FloatingPointError as e: raise FloatingPointError(f"{kind}: {e}") from e
+        if rank_here(): return
         parts = [(o,(x[idxs],y[idxs])) for (o,s),idxs in self.idxs.items() if s in seeds]
         for label,part in [('all',(x,y)), *parts]:
             k = min(self.k, len(part[1]))
@@ -236,6 +247,7 @@ class _Comparison:
 
     def measure_chance(self):
         "What answering the largest class always gives"
+        if rank_here(): return
         for label in ('all',*self.parts): self._record('largest class', label, largest_share(self.yv))
 
     def measure_untrained(self, name, entry, seed):
@@ -269,17 +281,23 @@ class _Comparison:
 
     def run(self, source):
         "Do all jobs; an `Evaluation`"
-        jobs = self.jobs()
+        jobs,n_trained = self.jobs(),0
         bar = progress_bar(jobs, leave=False) if sys.stdout.isatty() else None
-        for name,job in bar or jobs:
+        for i,(name,job) in enumerate(bar or jobs):
             if bar: bar.comment = name
-            job()
+            self.job,trains = i,getattr(job, 'func', None)==self.measure_training
+            if not trains or self.group is None: job()
+            else:  # ranks share the images of features, and take turns at trainings
+                if n_trained%self.group.size()==rank_here():
+                    with alone(): job()
+                n_trained += 1
+        accuracy = self._accuracy()
         kinds,trained = self.names()
         rows = [*(o for o,*_ in trained), *(f'{m}, {o}' for m in _measures for o in kinds), 'largest class']
         res = Evaluation(source=source, n_train=len(self.y), n_valid=len(self.yv), labels=[*self.labels,'all'],
                          seeds=self.seeds, epochs=self.epochs, k=self.k, encoders=[e.name for e in self.entries],
                          alone=[e.name for e in self.entries if not e.kind],
-                         accuracy={o: self.accuracy[o] for o in rows if o in self.accuracy})
+                         accuracy={o: accuracy[o] for o in rows if o in accuracy})
         res['summary'] = {m: {o: dict(zip(('mean','ci95'), mean_ci(v))) for o,v in accs.items()}
                           for m,accs in res['accuracy'].items()}
         return res
@@ -363,10 +381,12 @@ def evaluate_run(
         args = EvaluateArgs(args, source if source is None else str(source), **kwargs)
     start,files = time.time(),_Files(args)
     out = args.out if args.out or len(args.run)>1 else files.paths[0].parent/'evaluation.json'
-    if out is not None: check_writable(Path(out).parent)
+    if out is not None: decided_by_first(lambda: check_writable(Path(out).parent))
+    check_alike('the same encoders', {o.name: file_digest(o) for o in files.paths} if world() else {})
     todo = _Comparison(files.entries(), args.labels, args.seeds, args.epochs, args.k)
     res = todo.run(files.first.source)
-    if out is not None: write_json(res | dict(secs=round(time.time()-start), versions=versions()), Path(out))
+    if out is not None and rank_here()==0:
+        write_json(res | dict(secs=round(time.time()-start), versions=versions()), Path(out))
     return res
 
 # %% ../nbs/38_compare.ipynb #c0de3808

@@ -13,10 +13,12 @@ import numpy as np, torch
 from fastai.torch_core import default_device
 from .args import EmbedArgs
 from .checkpoints import encoder_settings, load_encoder, load_whitening
-from .data import find_images, image_block, image_data_block, resize
+from .data import find_images, image_block, image_data_block, list_images, resize
 from .evaluate import extract_features, normalized
+from .collectives import rank_here, world
 from .files import atomic_path, check_writable
 from .images import escape_name, write_csv
+from .ranks import check_alike, check_same_files, decided_by_first, file_digest
 from .runs import find_encoder
 from .shards import is_shards, open_shards
 from .sources import size_and_channels
@@ -30,7 +32,8 @@ def folder_features(
     num_workers:int|None=None, # Processes that load images (default: one for each core, up to 16)
     device=None, # Device, such as 'cpu' (default: the GPU if there is one)
     whiten:bool=False, # Whitened as the encoder's file says, or else by these images
-    follow_links:bool=False # Take what symbolic links to places outside the folder lead to?
+    follow_links:bool=False, # Take what symbolic links to places outside the folder lead to?
+    group=None # Process group whose ranks share the images: the first one gets all features, the others none
 )->tuple: # Features (n,d), float32 on the CPU, and the list of the n files
     """The features of all images in a folder, by the encoder of a run
 
@@ -44,7 +47,8 @@ def folder_features(
     settings = encoder_settings(path)
     n_in,window,background = settings['args']['n_in'],settings.get('window'),settings.get('background', 'white')
     known = getattr(folder, 'is_checked', False) and n_in in (1,3)
-    files = folder if known else find_images(folder, 'decode', skip_bad, follow_links, window=window, n_in=n_in)
+    files = folder if known else find_images(folder, 'decode', skip_bad, follow_links, window=window, n_in=n_in,
+                                          group=group)
     if not files: raise ValueError(f"no readable image in {folder}")
     size = settings.get('size') or size_and_channels(files)[0]
     device = default_device() if device is None else torch.device(device)
@@ -57,7 +61,8 @@ def folder_features(
         warnings.warn(f"{path} has no whitening: it is fitted to these {len(files)} images, so features of other "
                       "folders do not compare with these")
     layer = layer or whiten
-    return extract_features(load_encoder(path).to(device), loader, progress=sys.stdout.isatty(), whiten=layer)[0],files
+    encoder,progress = load_encoder(path).to(device),sys.stdout.isatty()
+    return extract_features(encoder, loader, progress=progress, whiten=layer, group=group)[0],files
 
 # %% ../nbs/39_embed.ipynb #1add6598
 def _write_npy(x, names, out):
@@ -89,10 +94,14 @@ def embed_images(
     out,in_shards = Path(args.out),is_shards(args.folder)
     if out.suffix=='.parquet' and not find_spec('pyarrow'):
         raise ImportError("parquet needs pyarrow: pip install pyarrow, or write .npy or .csv")
-    check_writable(out.parent)
+    decided_by_first(lambda: check_writable(out.parent))
     folder = open_shards(args.folder, args.skip_bad) if in_shards else Path(args.folder)
+    if (group := world()) is not None:
+        check_alike('the same encoder', dict(encoder=file_digest(find_encoder(args.run))))
+        check_same_files(folder, folder if in_shards else list_images(folder, args.follow_links))
     x,files = folder_features(args.run, folder, args.bs, args.skip_bad, args.num_workers, args.device, args.whiten,
-                              args.follow_links)
+                              args.follow_links, group)
+    if rank_here(): return tuple(x.shape)
     if in_shards: names = folder.row_names([o.i for o in files])
     else: names = [f.relative_to(folder).as_posix() for f in files]
     write = {'.npy': _write_npy, '.csv': _write_features, '.parquet': _write_parquet}[out.suffix]

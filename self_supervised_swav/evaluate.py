@@ -27,6 +27,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import params
 from fastai.vision.augment import Normalize
 from .checkpoints import encoder_of
+from .collectives import exchange, from_first, rank_here, rows_to_first, share, world
 from .data import labels_of, subset, without_augs
 from .knn import weighted_knn
 from .monitor import EpochColumns
@@ -70,6 +71,27 @@ def _n_images(dl):
     if isinstance(dl, DataLoader): return getattr(dl, 'n', None)
     return len(dl.dataset) if hasattr(getattr(dl, 'dataset', None), '__len__') else None
 
+def _part_of_rank(dl, group):
+    "The batches of `dl` that this rank embeds: whole ones, so that they are those of a single process"
+    dl = vars(dl).get('dl', dl)  # of a DistributedDL
+    n = _n_images(dl)
+    if not isinstance(dl, DataLoader) or not n:
+        raise ValueError(f"dl must be a DataLoader of fastai with images, for several processes, got {n} images")
+    part,bs = share(math.ceil(n/dl.bs), group),dl.bs
+    idxs = range(part.start*bs, min(n, part.stop*bs))
+    return dl.new(dataset=subset(dl.dataset, list(idxs)), n=len(idxs), shuffle=False, drop_last=False)
+
+def _on_first(rows, targets, group, device, all_rows):
+    "Features and targets of all ranks, in `all_rows` of the first one"
+    x = rows.get() if rows.done else torch.empty(0, 0)
+    y = torch.cat(targets) if targets else torch.empty(0, dtype=torch.long)
+    said = exchange(len(x), x.shape[1], bool(targets), device=device, group=group)
+    sizes,width = [int(o[0]) for o in said],int(max(o[1] for o in said))
+    for o in rows_to_first(x if rows.done else torch.empty(0, width), sizes, group): all_rows.add(o)
+    y = list(rows_to_first(y.long(), sizes, group)) if any(o[2] for o in said) else []
+    if rank_here(): return torch.empty(0, width),None
+    return all_rows.get(),torch.cat(y) if y else None
+
 def _whiten_rows(x, layer, rows):
     "Features in other rows, in blocks"
     if layer is None: return x
@@ -83,7 +105,8 @@ def extract_features(
     max_bytes:int=2<<30, # Features that take more than this are kept in a file
     path=None, # That file (default: a temporary one); with a path they are always kept in it
     progress:bool=True, # Show a progress bar?
-    whiten=None # Whiten them: a `Whitening`, or True or a number of directions to fit one to these images
+    whiten=None, # Whiten them: a `Whitening`, or True or a number of directions to fit one to these images
+    group=None # Process group whose ranks share the images: the first one gets all features, the others none
 )->tuple: # Features (n,d) in float32, and targets or None, on the CPU
     """The encoder's features of every image in `dl`
 
@@ -99,8 +122,11 @@ def extract_features(
     layer = None if fit_later else copy.deepcopy(as_whitening(whiten))
     if layer is not None: layer.cpu()
     n = _n_images(dl)
-    rows,targets = _Rows(n, max_bytes, None if fit_later else path),[]
-    dl_ = _in_order(dl)
+    rows,targets = _Rows(n, max_bytes, None if fit_later or group else path),[]
+    if group is not None:
+        dl = _part_of_rank(dl, group)
+        progress,rows.n = progress and rank_here()==0,dl.n
+    dl_ = [] if group is not None and not dl.n else _in_order(dl)
     try:
         with in_eval(encoder), without_augs(dl):
             for i,b in enumerate(progress_bar(dl_, leave=False) if progress else dl_):
@@ -117,10 +143,15 @@ def extract_features(
     except BaseException:
         rows.discard()
         raise
-    if not rows.done: raise ValueError("dl must hold images, got none")
-    x = rows.get()
+    if group is not None:
+        all_rows = _Rows(n, max_bytes, None if fit_later else path)
+        x,y = _on_first(rows, targets, group, device, all_rows)
+        if rank_here(): return x,y
+    else:
+        if not rows.done: raise ValueError("dl must hold images, got none")
+        x,y = rows.get(),torch.cat(targets) if targets else None
     if fit_later: x = _whiten_rows(x, as_whitening(whiten, x), _Rows(len(x), max_bytes, path))
-    return x,torch.cat(targets) if targets else None
+    return x,y
 
 # %% ../nbs/32_evaluate.ipynb #c4b49bc5
 def _check_labeled(name, data, n_classes=None):
@@ -377,10 +408,15 @@ class KNNMetric(EpochColumns):
         dls = self._dls
         with ExitStack() as stack:
             for dl in dls: stack.enter_context(own_randomness(0, dl))
-            train,valid = (extract_features(self.learn, dl, progress=False) for dl in (dls.train,dls.valid))
-        for name,whiten in zip(self.columns[:-1], (None,self.whiten)):
-            self.epoch_values[name] = knn_accuracy(train, valid, self.k, self.temp, whiten=whiten)
-        self.epoch_values['largest_class'] = largest_share(valid[1])
+            train,valid = (extract_features(self.learn, dl, progress=False, group=world())
+                           for dl in (dls.train,dls.valid))
+        values = self._measure(train, valid) if rank_here()==0 else None
+        self.epoch_values.update(zip(self.columns, from_first(values, world())))
+
+    def _measure(self, train, valid):
+        "The values of the columns"
+        accs = [knn_accuracy(train, valid, self.k, self.temp, whiten=o) for o in (None,self.whiten)]
+        return [*accs[:len(self.columns)-1],largest_share(valid[1])]
 
     @property
     def _dls(self): return self.learn.dls if self.labeled is None else self.labeled

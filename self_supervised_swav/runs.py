@@ -269,14 +269,17 @@ def stop_on_signals(
     learn # A Learner with ResumeTraining
 ):
     "SIGINT and SIGTERM stop the fit where it can be continued; gives the list of received signals"
-    came,pid = [],os.getpid()
+    came,first,pid = [],[],os.getpid()
     def handle(num, frame):
         if os.getpid()!=pid:
             if num==signal.SIGINT: return
             signal.signal(num, signal.SIG_DFL)
             return os.kill(os.getpid(), num)
+        now = time.monotonic()
+        if came and world() is not None and now-first[0]<3: return  # from the launcher, and from who told the launcher
         came.append(num)
         if len(came)>1: raise KeyboardInterrupt
+        first.append(now)
         learn.resume_training.stop(num)
         said = f"\n{signal.Signals(num).name}: stopping after this batch (again: at once)"
         if rank_here()==0: print(said, file=sys.stderr, flush=True)
@@ -454,7 +457,7 @@ class PretrainRun:
 
     def _decide(self, args):
         "What the folder of the run has to say, as plain data: one process looks, for all"
-        if launch_attempt(): args = self._started_again(args)
+        args = self._started_again(args)
         check_out(self.out, args.resume)
         extends,recipe = args.extend,None
         if args.log: import_logger(args.log)
@@ -470,12 +473,14 @@ class PretrainRun:
 
     def _started_again(self, args):
         "The arguments for ranks that the launcher has started once more: they go on from the checkpoint of this launch"
-        settings = self.out/'settings.json'
+        settings,launch = self.out/'settings.json',_launch_id()
+        if launch is None or launch=='none' and not launch_attempt(): return args  # the id of those who give none
         if not has_state(self.out/'last.pth') or not settings.exists(): return args
-        if args.extend and not fit_progress(self.out/'last.pth').finished: args = replace(args, extend=None)
-        if args.resume: return args
-        launch = json.loads(settings.read_text(encoding='utf-8')).get('launch')
-        if launch is None or launch!=_launch_id(): return args
+        if args.resume:
+            over = launch_attempt() and args.extend and not fit_progress(self.out/'last.pth').finished
+            return replace(args, extend=None) if over else args
+        if json.loads(settings.read_text(encoding='utf-8')).get('launch')!=launch: return args
+        print(f"{self.out}: the launcher has started this run again; it goes on from its last checkpoint", flush=True)
         return replace(args, resume=True, config=None, hours=None)
 
     def _bs_of_rank(self, bs):
