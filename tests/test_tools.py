@@ -1,7 +1,7 @@
 "The test runner fails for each kind of failure and names it; README is rendered as it should be"
-import base64, json, os, shutil, socket, subprocess, sys
+import base64, io, json, os, shutil, socket, subprocess, sys
 from pathlib import Path
-import pytest
+import numpy as np, pytest
 
 root = Path(__file__).resolve().parent.parent
 nb_head = ['#| default_exp mod', "#| export\ndef double(x):\n    \"Twice `x`\"\n    return 2*x"]
@@ -183,6 +183,34 @@ def test_progress_bars_as_a_terminal_shows_them(project):
         write_nb(nb, ['1/0'])
         assert run(project, 'tools/run_nb.py', str(nb)).returncode == 1
     finally: nb.unlink()
+
+def test_pictures_are_small_and_true():
+    "A chart keeps every pixel, a photograph its colors where one looks at more than a dot; transparency is left alone"
+    from PIL import Image
+    from run_nb import smaller
+    def encoded(im):
+        f = io.BytesIO()
+        im.save(f, 'png', dpi=(144,144))
+        return base64.b64encode(f.getvalue()).decode()
+    def decoded(text): return Image.open(io.BytesIO(base64.b64decode(text)))
+    y,x = np.mgrid[:240,:320]
+    chart = np.full((240,320,3), 255, np.uint8)
+    chart[abs(y-x*.7)<2] = 200,30,30
+    chart[y==120] = 0
+    photo = np.stack([x*150/319, y*150/239, (x+y)*150/558], 2)+np.random.default_rng(0).uniform(30, 70, (240,320,3))
+    photo = photo.astype(np.uint8)
+    for pixels in (chart,photo):
+        before = encoded(Image.fromarray(pixels))
+        after = smaller(before)
+        im = decoded(after)
+        assert im.mode=='P' and len(after)<len(before) and round(im.info['dpi'][0])==144
+        off = np.asarray(im.convert('RGB')).astype(float)-pixels
+        if pixels is chart: assert not off.any()
+        # errors go on to the neighbors: of 20x20 pixels those of the 80 at the edge remain, of some 24 levels each; in
+        # the mean, for colors outside of the 256 keep theirs
+        else: assert abs(off.reshape(12,20,16,20,3).mean((1,3))).mean()<24*80/400
+    seen_through = encoded(Image.new('RGBA', (50,50), (255,0,0,99)))
+    assert smaller(seen_through)==seen_through
 
 @pytest.mark.parametrize('nb', sorted((root/'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)
 def test_outputs_name_no_place(nb):

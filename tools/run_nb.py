@@ -1,6 +1,6 @@
-"""Run notebooks and keep their outputs, progress bars as a terminal shows them in the end: `python tools/run_nb.py
-[--slow] nbs/index.ipynb ...`"""
-import os, re, sys, warnings
+"""Run notebooks and keep their outputs, progress bars as a terminal shows them in the end and pictures as small as they
+can be: `python tools/run_nb.py [--slow] nbs/index.ipynb ...`"""
+import base64, io, os, re, sys, warnings
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 warnings.filterwarnings('ignore', '`torch.jit', FutureWarning)  # on import of kornia: not the reader's concern
 from pathlib import Path
@@ -18,6 +18,21 @@ def as_shown(text):
         lines.append(shown.rstrip())
     return re.sub(r'\S*/site-packages/', '', '\n'.join(lines))  # where a package lies is nobody's business
 
+def smaller(picture):
+    """A PNG (base64) with at most 256 colors, where that makes it smaller: a chart has few, and can be sharp at a third
+    of the size; of photographs the colors are mixed from dots, or they would have steps"""
+    from PIL import Image, ImageChops
+    im = Image.open(io.BytesIO(base64.b64decode(picture)))
+    if im.mode == 'RGBA' and im.getextrema()[3] != (255, 255): return picture
+    f = io.BytesIO()
+    im, info = im.convert('RGB'), im.info
+    few = im.quantize(256, dither=Image.Dither.NONE)
+    if max(hi for _, hi in ImageChops.difference(im, few.convert('RGB')).getextrema()) > 24:
+        few = im.quantize(palette=few, dither=Image.Dither.FLOYDSTEINBERG)
+    few.save(f, 'png', optimize=True, **({'dpi': info['dpi']} if 'dpi' in info else {}))
+    found = base64.b64encode(f.getvalue()).decode()
+    return found if len(found) < len(picture) else picture
+
 def run(path, slow=False):
     "Run `path`, cells marked slow only if asked to, and save it; False if a cell failed"
     from fastcore.nbio import read_nb, write_nb
@@ -33,6 +48,7 @@ def run(path, slow=False):
         outputs = cell.get('outputs', [])
         for o in outputs:
             if o.output_type == 'stream': o.text = as_shown(''.join(o.text)).splitlines(keepends=True)
+            elif png := o.get('data', {}).get('image/png'): o.data['image/png'] = smaller(''.join(png))
         if outputs: cell.outputs = [o for o in outputs if o.output_type != 'stream' or ''.join(o.text).strip()]
     write_nb(nb, path)
     nbdev_clean(str(path))
