@@ -67,6 +67,7 @@ class MachineArgs:
     def check(self):
         if self.bs!='auto' or not self.finds_bs: check_least('bs', self.bs, 1)
         check_least('num_workers', self.num_workers, 0)
+        check_arg('seed', getattr(self, 'seed', None), lambda o: 0<=o<2**32, f'from 0 to {2**32-1:,}')
         check_device(self.device)
 
 @dataclass(kw_only=True)

@@ -199,7 +199,10 @@ class DeepClusterV2(MultiView):
                 crops = self.cut(x)
                 self.learn.iter,self.learn.xb = i,(crops,)
                 self._check_finite(x)
-                z = model([crops[i] for i in self.crop_assgn_ids])[0].unflatten(0, (len(self.crop_assgn_ids),-1))
+                z = model([crops[i] for i in self.crop_assgn_ids])[0]
+                self.learn.pred = (z,)
+                self._check_finite(z)
+                z = z.unflatten(0, (len(self.crop_assgn_ids),-1))
                 self.memory.put(self._idxs_of_batch(i, len(x)), z)
 
     def _cluster(self):
