@@ -435,7 +435,8 @@ class PretrainRun:
         self.log = args.log
         decided = decided_by_first(lambda: self._decide(args))
         self.extends,self.recipe = decided['extends'],None
-        self.args = replace(PretrainArgs(**decided['args']), **{k: getattr(args, k) for k in _own_here})
+        own = {k: v for k in _own_here if (v := getattr(args, k)) is not None}
+        self.args = replace(PretrainArgs(**decided['args']), **own)
         if decided['recipe'] is not None: self.recipe = Recipe(decided['recipe'], decided['reasons'])
         if not self.args.resume and self.args.init: self.args = self._with_start()
         self._check_settings()
