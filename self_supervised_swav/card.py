@@ -6,14 +6,14 @@
 __all__ = ['model_card', 'write_card', 'check_new_card', 'push_to_hub']
 
 # %% ../nbs/47_card.ipynb #a6505226
-import json, re
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import yaml
 from .args import versions
 from .checkpoints import encoder_settings, load_encoder, load_whitening, save_encoder
 from .compare import Evaluation
-from .files import atomic_path, check_writable
+from .files import atomic_path, check_writable, read_json
 from .images import escape_name
 from .multiview import methods
 from .runs import find_encoder
@@ -25,7 +25,7 @@ def _cell(o):
 
 def _table(head, rows): return '\n'.join(f"| {' | '.join(map(_cell, o))} |" for o in (head,['---']*len(head),*rows))
 
-def _read(path): return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+def _read(path): return read_json(path) if path.exists() else {}
 
 class _Run:
     "What is known of a run: `file` of its encoder, `encoder` settings, `saved` settings of the training, `evaluation`"

@@ -17,6 +17,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.torch_core import default_device, set_seed
 from fastai.data.transforms import IndexSplitter, IntToFloatTensor, ItemGetter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .args import FinetuneArgs, PredictArgs
@@ -25,7 +26,7 @@ from .checkpoints import encoder_settings, load_encoder, save_encoder
 from .data import image_block, resize
 from .embed import folder_features
 from .evaluate import NoValidation, few_label_learner, linear_probe
-from .files import atomic_path, check_writable, write_json
+from .files import atomic_path, check_writable, read_json, write_json
 from .images import csv_name, write_csv
 from .runs import find_encoder
 from .select import read_labels, relative_names
@@ -282,6 +283,20 @@ def _write_classifier(out, args, tuner, data, x, kept, temperature, result):
                out/'classifier.json')
 
 # %% ../nbs/44_finetune.ipynb #44f10018
+def _read_head(home):
+    "Classes and head of a classifier, or an error that names its folder"
+    vocab = read_json(home/'classifier.json').get('classes')
+    try: head = load_file(home/'head.safetensors')
+    except SafetensorError as e: raise ValueError(f"{home/'head.safetensors'} is no safetensors file ({e})") from e
+    if not isinstance(vocab, list) or not all(isinstance(o, str) for o in vocab):
+        raise ValueError(f"{home/'classifier.json'} must hold a list of classes, it does not")
+    shapes = {k: tuple(v.shape) for k,v in head.items()}
+    if set(shapes)!={'weight','bias'} or len(shapes['weight'])!=2 or \
+            not shapes['weight'][:1]==shapes['bias']==(len(vocab),):
+        raise ValueError(f"{home} is not whole: its head is {shapes}, for {len(vocab)} classes")
+    if not all(o.isfinite().all() for o in head.values()): raise ValueError(f"the head in {home} is not finite")
+    return vocab,{k: v.float() for k,v in head.items()}
+
 def predict_images(
     args, # `PredictArgs`, or only its `classifier`
     folder=None, # Folder of images, if `args` is the classifier
@@ -299,12 +314,11 @@ def predict_images(
     if not (home/'classifier.json').is_file():
         raise FileNotFoundError(f"no classifier in {home}: swav finetune makes one")
     check_writable(Path(args.out).parent)
-    vocab = json.loads((home/'classifier.json').read_text(encoding='utf-8'))['classes']
-    head = load_file(home/'head.safetensors')
+    vocab,head = _read_head(home)
     x,files = folder_features(home, args.folder, args.bs, args.skip_bad, args.num_workers, args.device)
-    if head['weight'].shape!=(len(vocab),x.shape[1]):
-        raise ValueError(f"{home} is not whole: its head is for {tuple(head['weight'].shape)} classes and features, "
-                         f"its encoder gives {len(vocab)} and {x.shape[1]}")
+    if head['weight'].shape[1]!=x.shape[1]:
+        raise ValueError(f"{home} is not whole: its head is for features of width {head['weight'].shape[1]}, "
+                         f"its encoder gives {x.shape[1]}")
     probs = F.linear(x, head['weight'], head['bias']).softmax(1)
     best = probs.max(1)
     names = relative_names(files, args.folder)

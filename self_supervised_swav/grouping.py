@@ -140,12 +140,17 @@ def load_prototypes(
     if not has_state(path):
         raise FileNotFoundError(f"prototypes are in the last checkpoint of a run, and there is no {path}: group by "
                                 "kmeans or hdbscan")
-    state = {k.replace('_orig_mod.', ''): v for k,v in read_state(path, set_aside=False)['model'].items()}
+    state = read_state(path, set_aside=False)
+    state = state.get('model') if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        raise ValueError(f"{path} is not a file of ResumeTraining")
+    state = {k.replace('_orig_mod.', ''): v for k,v in state.items() if isinstance(v, torch.Tensor)}
     prototypes = state.get('prototypes.weight', state.get('heads.0.weight'))
     if prototypes is None:
         raise ValueError(f"the method of {run} has no prototypes: group by kmeans or hdbscan")
     own = {k.removeprefix('projector.'): v for k,v in state.items() if k.startswith('projector.')}
     linear = [v.shape for k,v in own.items() if v.ndim==2]
+    if not linear: raise ValueError(f"the checkpoint {path} has no projector: group by kmeans or hdbscan")
     projector = create_mlp_module(linear[0][1], linear[0][0], linear[-1][0], nlayers=len(linear),
                                   bn=any(k.endswith('running_mean') for k in own))
     projector.load_state_dict(own)

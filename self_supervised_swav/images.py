@@ -37,7 +37,8 @@ def unescape_name(
     def read(m):
         o = m[0][1:]
         if o=='\\': return o
-        return chr(int(o[1:], 16)+(0xdc00 if o[0]=='x' else 0))
+        code = int(o[1:], 16)+(0xdc00 if o[0]=='x' else 0)
+        return chr(code) if code<0x110000 else m[0]
     return re.sub(r'\\(\\|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})', read, text)
 
 # %% ../nbs/14_images.ipynb #97d27a8c
@@ -219,6 +220,7 @@ def _open_array(fn, n_in=None):
     "The `_Array` in a `.npy` or TIFF file; `read()` gives (C,H,W)"
     if _is_array(fn):
         a = _load_array(fn)
+        if not isinstance(a, np.ndarray): raise ValueError("it holds several arrays: an image is one")
         shape,dtype,axes,read = a.shape,a.dtype,'',lambda: a
     else:
         with _tifffile().TiffFile(_stream(fn)) as f:

@@ -151,6 +151,17 @@ def _list_differences(pairs):
     return '\n'.join(said)
 
 # %% ../nbs/27_resume.ipynb #b5281df9
+_own = dict(settings=dict, epoch=int, batch=int, finished=bool, fit=int, places=list, model=dict, opt=dict,
+            callbacks=dict, grads=list, train_iter=int, pct_train=(int,float))
+
+def _read_own(path, set_aside):
+    "The last whole state in `path` that `ResumeTraining` has written"
+    def check(state):
+        ok = isinstance(state, dict) and all(isinstance(state.get(k), kind) for k,kind in _own.items())
+        if not ok or not isinstance(state['settings'].get('n_epoch'), int) or min(state['epoch'], state['batch'])<0:
+            raise ValueError(f"{path} is not a file of ResumeTraining")
+    return read_state(path, set_aside, check)
+
 class TrainingStopped(KeyboardInterrupt): "A fit that was asked to stop, and has written its file"
 
 class ResumeTraining(Callback):
@@ -252,8 +263,7 @@ class ResumeTraining(Callback):
     def _begin(self):
         "Find out at which epoch and batch to start"
         self.settings = _fit_settings(self.learn, self.n_fit==0)
-        ckpt = decided_by_first(lambda: read_state(self.file))
-        if ckpt and 'settings' not in ckpt: raise ValueError(f"{self.file} is not a file of ResumeTraining")
+        ckpt = decided_by_first(lambda: _read_own(self.file, set_aside=True))
         if ckpt and ckpt['fit']<self.n_fit: ckpt = None  # of the fit before this
         if ckpt and ckpt['fit']>self.n_fit: self._skip_fit(f"fit {self.n_fit+1} is finished, a later one is under way")
         if self.may_extend and not (ckpt or self.n_fit):
@@ -270,7 +280,10 @@ class ResumeTraining(Callback):
 
     def _go_on_from(self, ckpt, longer):
         lrs = [h['lr'] for h in self.learn.opt.hypers]
-        self._restore(ckpt)
+        try: self._restore(ckpt)
+        except Exception as e:  # of any kind: it depends on what is missing
+            raise ValueError(f"{self.file} does not hold the state of this fit ({type(e).__name__}: {e}); delete it to "
+                             "start anew") from e
         done = ckpt['epoch']
         if longer:
             self.learn.opt.set_hyper('lr', lrs)  # the file has the last one of its fit
@@ -440,7 +453,6 @@ def fit_progress(
     path # File of `ResumeTraining`
 )->Progress|None: # None where there is no file
     "How far the fit in `path` has come"
-    ckpt = read_state(path, set_aside=False)
+    ckpt = _read_own(path, set_aside=False)
     if ckpt is None: return None
-    if 'settings' not in ckpt: raise ValueError(f"{path} is not a file of ResumeTraining")
     return Progress(ckpt['epoch'], ckpt['batch'], ckpt['settings']['n_epoch'], ckpt['finished'])

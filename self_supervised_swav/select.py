@@ -151,10 +151,12 @@ def read_csv(
     except UnicodeDecodeError as e: raise ValueError(f"{path} is not in UTF-8 ({e}): save it as CSV UTF-8") from None
     if not lines: raise ValueError(f"{path} is empty: it must have the columns {', '.join(columns)}")
     rows = csv.DictReader(lines, delimiter=';' if ';' in lines[0] and ',' not in lines[0] else ',')
-    missing = [o for o in columns if o not in rows.fieldnames]
+    try: missing = [o for o in columns if o not in (rows.fieldnames or ())]
+    except csv.Error as e: raise ValueError(f"{path} is no CSV file ({e})") from e
     if missing:
-        raise ValueError(f"{path} must have the columns {', '.join(columns)}, got {', '.join(rows.fieldnames)}")
-    return [{k: unescape_name(v or '') for k,v in row.items() if k is not None} for row in rows]
+        raise ValueError(f"{path} must have the columns {', '.join(columns)}, got {', '.join(rows.fieldnames or ())}")
+    try: return [{k: unescape_name(v or '') for k,v in row.items() if k is not None} for row in rows]
+    except csv.Error as e: raise ValueError(f"{path} is no CSV file ({e})") from e
 
 def read_labels(
     path # CSV file with the columns file and class

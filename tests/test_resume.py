@@ -410,6 +410,9 @@ def test_progress(tmp_path):
     make(path).fit(3)
     assert fit_progress(path) == (3, 0, 3, True)
     torch.save({'model': {}}, path)
+    with pytest.warns(UserWarning, match='not a file of ResumeTraining: going on from'):
+        assert fit_progress(path) == (3, 0, 3, False)
+    (tmp_path/'last.pth.prev').unlink()
     with pytest.raises(ValueError, match='not a file of ResumeTraining'): fit_progress(path)
 
 
@@ -518,6 +521,36 @@ def test_fit_falls_back_with_a_warning(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.warns(UserWarning, match='cannot be read'): (learn := make(path, every=1)).fit(2)
     assert flat(learn.model.state_dict()) == flat(whole.model.state_dict()) and (tmp_path/'last.pth.bad').exists()
+
+def test_a_file_of_another_kind_is_set_aside(tmp_path):
+    "The one before it is used, and this is said; without one, the fit says what the file is not"
+    path = tmp_path/'last.pth'
+    whole = make(tmp_path/'whole.pth'); whole.fit(2)
+    learn = make(path, every=1); cut_after(learn, 4)
+    with pytest.raises(PowerCut): learn.fit(2)
+    for o in ({'model': {}}, [], {}, torch.zeros(3), dict(settings={}, epoch='1')):
+        torch.save(o, path)
+        with pytest.raises(PowerCut), pytest.warns(UserWarning, match='not a file of ResumeTraining: going on from'):
+            (learn := make(path, every=1)); cut_after(learn, 2); learn.fit(2)
+        assert (tmp_path/'last.pth.bad').exists()
+    (learn := make(path, every=1)).fit(2)
+    assert flat(learn.model.state_dict()) == flat(whole.model.state_dict())
+    for o in ({'model': {}}, [], {}, torch.zeros(3)):
+        torch.save(o, tmp_path/'alone.pth')
+        with pytest.raises(ValueError, match='not a file of ResumeTraining'): make(tmp_path/'alone.pth').fit(1)
+
+def test_parts_that_are_missing_are_told(tmp_path):
+    "A checkpoint whose tensors and settings are those of another version or a mistake"
+    path = tmp_path/'last.pth'
+    learn = make(path, every=1); cut_after(learn, 4)
+    with pytest.raises(PowerCut): learn.fit(2)
+    ckpt = read_state(path)
+    for k in ('model','opt','places','grads','train_iter','pct_train'):
+        for f in (path, Path(f'{path}.prev')): f.unlink(missing_ok=True)
+        lacks = k in ('grads','train_iter','pct_train')
+        write_state({a: b for a,b in ckpt.items() if a!=k} | ({} if lacks else {k: type(ckpt[k])()}), path)
+        said = 'is not a file of' if lacks else 'does not hold the state of this fit'
+        with pytest.raises(ValueError, match=rf'last\.pth {said}'): make(path, every=1).fit(2)
 
 def test_nothing_whole_is_an_error(tmp_path):
     (tmp_path/'last.pth').write_bytes(b'nothing')
