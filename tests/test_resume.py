@@ -18,7 +18,7 @@ from fastai.optimizer import Adam, OptimWrapper, ranger
 from fastai.torch_core import set_seed
 from torch import nn
 
-from helpers import Noisy, digits, seed_all, small_augs, small_learner
+from helpers import Noisy, digits, method_learner, seed_all, small_augs, small_learner
 from test_distributed import ctx, run_ranks
 from self_supervised_swav import files
 from self_supervised_swav.feed import get_rng_state
@@ -638,6 +638,57 @@ def test_kill(tmp_path):
         got = kill_until_done(lambda: Forked(path, out, nw), path, out, t/6, n_kills, seed=nw)
         want = torch.load(tmp_path/f'whole{nw}.out', weights_only=True)
         assert not [k for k in want if got[k] != want[k]]
+
+class Steps(Callback):
+    "Writes the number of steps to a file as they are done"
+    order,watches_only = -100,True
+    def __init__(self, path): self.path = path
+    def after_batch(self):
+        if self.training: self.path.write_text(f'{self.learn.train_iter}')
+
+def run_moco(path, out, every=2):
+    "MoCo with its queue, momentum encoder, schedule and monitor, and a checkpoint after every other step"
+    torch.set_num_threads(1)
+    cbs = [ResumeTraining(path, every=every), Steps(Path(f'{path}.steps'))]
+    learn = method_learner('mocov2', cbs=cbs, monitor=True, K=32, dls=digits(100))
+    with open(os.devnull, 'w') as null, warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        sys.stdout = null
+        learn.fit_warmup_cos(3, 0.01, warmup=1)
+    torch.save(result(learn) | dict(monitor=flat(learn.collapse_monitor.state_dict())), out)
+
+class ForkedMoCo(Forked):
+    def __init__(self, *args):
+        self.p = ctx.Process(target=run_moco, args=args)
+        self.p.start()
+
+@pytest.mark.slow
+@pytest.mark.parametrize('n_kills', [3,50])
+def test_kill_moco(tmp_path, n_kills):
+    "Queue, momentum encoder, schedule and monitor go on; no more is lost than `every` says"
+    rnd,path,every,lost = random.Random(n_kills),tmp_path/'last.pth',2,[]
+    p,t = ForkedMoCo(tmp_path/'whole.pth', tmp_path/'whole.out'),time.time()
+    p.wait()
+    assert p.poll()==0
+    t,steps = time.time()-t,Path(f'{path}.steps')
+    while len(lost)<n_kills:
+        steps.unlink(missing_ok=True)
+        p = ForkedMoCo(path, tmp_path/'cut.out')
+        while not steps.exists() and p.poll() is None: time.sleep(.001)
+        time.sleep(rnd.uniform(0, t/8))
+        if p.poll() is None:
+            p.kill(); p.wait()
+            done,kept = int(steps.read_text() or 0),fit_progress(path)
+            lost.append(done-(0 if kept is None else 5*kept.epoch+kept.batch))
+        else:                                                       # it was done before it was killed: from the start
+            assert p.poll()==0
+            for f in (path, Path(f'{path}.prev')): f.unlink()
+    # a write may be under way when the next step is counted, and a step under way is not counted
+    assert max(lost)<=every and min(lost)>=-1
+    p = ForkedMoCo(path, tmp_path/'cut.out'); p.wait()
+    assert p.poll()==0
+    got,want = (torch.load(tmp_path/o, weights_only=True) for o in ('cut.out','whole.out'))
+    assert not [k for k in want if got[k] != want[k]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize('nw', [0, 2])
