@@ -22,11 +22,13 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device, set_seed, to_device
 from .args import PretrainArgs, versions
-from .checkpoints import save_encoder
+from .checkpoints import check_encoder_settings, save_encoder
 from .collectives import alone, exchange, rank_here, world
 from .data import random_split, subset, write_bad_files, tensor_dls
 from .evaluate import KNNMetric, extract_features
-from .files import atomic_path, check_writable, has_state, read_state, write_json, write_state
+from .encoders import saved_arguments
+from .files import (atomic_path, check_writable, has_state, read_json, read_state, write_json,
+                                        write_state)
 from .learner import check_settings, pretrain_learner, start_of
 from .multiview import MultiView, method_of
 from .ranks import check_alike, decided_by_first, launch_attempt
@@ -323,7 +325,8 @@ def saved_args(
     "The arguments that the run in `out` was started with"
     path = out/'settings.json'
     if not path.exists(): raise FileNotFoundError(f"no settings.json in {out}: it is not a run of swav pretrain")
-    saved = json.loads(path.read_text(encoding='utf-8'))['args']
+    saved = read_json(path).get('args')
+    if not isinstance(saved, dict): raise ValueError(f"{path} must hold the arguments of a run, it does not")
     saved.setdefault('labels_from_folders', None)  # before 0.2.0: where folders look like labels
     return {f.name: saved[f.name] for f in fields(PretrainArgs) if f.name in saved and f.name not in _not_saved}
 
@@ -336,7 +339,9 @@ def saved_recipe(
     path # Where that is
 )->Recipe:
     "The settings of a run"
-    groups = _as_tuples(saved['recipe'])
+    groups = _as_tuples(saved.get('recipe'))
+    if not isinstance(groups, dict) or not all(isinstance(o, dict) for o in groups.values()):
+        raise ValueError(f"{path} must hold the recipe of a run, settings by group, it does not")
     return Recipe(groups, {f'{g}.{n}': f'from {path}' for g,settings in groups.items() for n in settings})
 
 def configured(
@@ -346,7 +351,7 @@ def configured(
     path = Path(args.config)
     if path.is_dir(): path = path/'settings.json'
     try:
-        saved = json.loads(path.read_text(encoding='utf-8'))
+        saved = read_json(path)
         old = {f.name: saved['args'][f.name] for f in fields(PretrainArgs)
                if f.name in saved['args'] and f.name not in ('source',*_not_saved)}
         recipe = saved_recipe(saved, path)
@@ -466,7 +471,7 @@ class PretrainRun:
         if args.resume:  # other versions may recommend something else
             args = resumed_args(args, self.out)
             path = self.out/'settings.json'
-            recipe = saved_recipe(json.loads(path.read_text(encoding='utf-8')), path)
+            recipe = saved_recipe(read_json(path), path)
             if recipe['encoder'].get('pretrained'):
                 recipe.put('encoder', 'pretrained', False, 'the weights are those of last.pth')
         plain = None if recipe is None else {k: dict(v) for k,v in recipe.items()}
@@ -753,6 +758,24 @@ class _Replay(Callback):
         for name,p in method_of(self.learn).bare_model.named_parameters(): self.note(f'gradient of {name}', p.grad)
         raise CancelFitException
 
+_kept = dict(images=torch.Tensor, crops=list, model=dict, arch=str, method=str, recipe=str, n_epoch=int, bf16=bool,
+             pct_train=float)
+
+def _kept_recipe(state, path):
+    "The recipe in a file of a kept batch, or an error: the file may come from somebody else"
+    if not isinstance(state, dict) or not all(isinstance(state.get(k), o) for k,o in _kept.items()):
+        raise ValueError(f"{path} is not a batch that a run has kept")
+    try: recipe = saved_recipe(dict(recipe=json.loads(state['recipe'])), path)
+    except (ValueError,RecursionError) as e: raise ValueError(f"{path} has no recipe ({e})") from e
+    encoder = {k: v for k,v in recipe.get('encoder', {}).items() if k!='pretrained'}  # the weights are in the file
+    library = 'fastai' if saved_arguments('timm', state['arch']) is None else 'timm'
+    check_encoder_settings(dict(library=library, arch=state['arch'], args=encoder), path)
+    recipe['encoder'] = encoder | dict(pretrained=False)
+    n = len(state['images']) if state['images'].ndim==4 else 0
+    if not 0<n<1<<16 or not all(isinstance(o, torch.Tensor) for o in state['crops']):
+        raise ValueError(f"{path} must hold images (B,C,H,W) and crops of them, it does not")
+    return recipe
+
 def replay_batch(
     path, # `nan_batch.pt` of a run
     device=None # Device to compute on
@@ -760,9 +783,7 @@ def replay_batch(
     "Repeat the step of a kept batch"
     state = read_state(path, set_aside=False)
     if state is None: raise FileNotFoundError(f"no such file: {path}")
-    if 'crops' not in state: raise ValueError(f"{path} is not a batch that a run has kept")
-    recipe = _as_tuples(json.loads(state['recipe']))
-    recipe['encoder'] = recipe.get('encoder', {}) | dict(pretrained=False)  # the weights are in the file
+    recipe = _kept_recipe(state, path)
     n_images = (recipe.get(state['method'], {}).get('K') or 0)+len(state['images'])+1  # the queue asks for so many
     blank = torch.zeros(n_images, state['images'].shape[1], 16, 16, dtype=torch.uint8)
     dls = tensor_dls(blank, bs=len(state['images']), valid_pct=0, device=device)
