@@ -115,9 +115,11 @@ def _check_images(settings, where):
     if size is not None and not all(_is_whole(o, 1, 1<<14) for o in (size if isinstance(size, list) else [size])):
         raise ValueError(f"{where} must have a size of images between 1 and {1<<14} px, got {str(size)[:40]}")
     if stats is None: return
-    try: ok = all(math.isfinite(o) for part in stats for o in part) and all(o>0 for o in stats[1])
-    except (TypeError, ValueError, IndexError): ok = False
-    if not ok or len(stats)!=2 or len(stats[0])!=len(stats[1]):
+    try:
+        mean,std = stats
+        ok = len(mean)==len(std) and all(map(math.isfinite, [*mean, *std])) and all(o>0 for o in std)
+    except (TypeError, ValueError, OverflowError): ok = False
+    if not ok:
         raise ValueError(f"{where} must have a mean and a standard deviation for each channel, got stats="
                          f"{str(stats)[:60]}")
 
