@@ -258,7 +258,7 @@ def test_files_for_clusters():
     "They are those that the page shows, and their commands are understood"
     page = (docs/'several-gpus.md').read_text()
     slurm,k8s = ((docs/'cluster'/o).read_text() for o in ('slurm.sh','pytorchjob.yaml'))
-    assert f'```sh\n{slurm}```' in page and f'```yaml\n{k8s}```' in page
+    assert f'```bash\n{slurm}```' in page and f'```yaml\n{k8s}```' in page
     subprocess.run(['bash','-n',docs/'cluster'/'slurm.sh'], check=True)
     worker = yaml.safe_load(k8s)['spec']['pytorchReplicaSpecs']['Worker']['template']['spec']['containers'][0]
     job = [*worker['command'],*worker['args']]
