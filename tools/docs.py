@@ -413,8 +413,9 @@ def main():
     from sphinx.cmd.build import build_main
     pages = prepare()
     write(made/'descriptions.json', json.dumps({p: d for p,_,d,_ in pages}))
-    for o in ('LICENSE','CITATION.cff','settings.ini'):
-        write(made/'extra'/'files'/o, (root/o).read_text(encoding='utf-8'))
+    for o in map(root.joinpath, ('LICENSE','CITATION.cff','settings.ini','docs/cluster/slurm.sh',
+                                 'docs/cluster/pytorchjob.yaml')):
+        write(made/'extra'/'files'/o.relative_to(root), o.read_text(encoding='utf-8'))
     for o in (site, root/'build'/'html'): shutil.rmtree(o, ignore_errors=True)
     built = root/'build'/'html'  # myst-nb writes a folder beside it
     rc = build_main(['-q', '-W', '--keep-going', '-d', str(root/'build'/'doctrees'), str(made), str(built)])
