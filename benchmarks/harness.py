@@ -62,15 +62,26 @@ def exponent(sizes, times):
     return sum((a-mx)*(b-my) for a,b in zip(x,y))/sum((a-mx)**2 for a in x)
 
 # --- memory -----------------------------------------------------------------------------------------------------------
-def _peak_rss(): return int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])*1024
+def peak_rss(): return int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])*1024
 
-def _measure_peak(make, args, send):
+def _send(f, args, send): send.send(f(*args))
+
+def apart(f, *args, start='spawn'):
+    "`f(*args)` in a process of its own; with `start='fork'` its peak of memory begins at what is there already"
+    receive,send = multiprocessing.Pipe(duplex=False)
+    p = multiprocessing.get_context(start).Process(target=_send, args=(f, args, send))
+    p.start()
+    send.close()
+    try: return receive.recv()
+    finally: p.join()
+
+def _measure_peak(make, args):
     torch.set_num_threads(1)
     make(*args, small=True)()  # code and buffers of the libraries are there before the measurement
     f = make(*args)
-    before = _peak_rss()
+    before = peak_rss()
     f()
-    send.send(_peak_rss()-before)
+    return peak_rss()-before
 
 def peak_memory(
     make, # A function that builds the inputs and gives a function to measure; `small=True`: on tiny inputs
@@ -85,12 +96,7 @@ def peak_memory(
         before = torch.cuda.memory_allocated()
         f()
         return torch.cuda.max_memory_allocated()-before
-    receive,send = multiprocessing.Pipe(duplex=False)
-    p = multiprocessing.get_context('spawn').Process(target=_measure_peak, args=(make, args, send))
-    p.start()
-    send.close()
-    try: return receive.recv()
-    finally: p.join()
+    return apart(_measure_peak, make, args)
 
 # --- the table --------------------------------------------------------------------------------------------------------
 def machine(device):

@@ -3,6 +3,7 @@ and its end; nearest neighbors among many features; `swav embed`; photographs of
 the shards that `swav prepare` makes of them. Every piece that is done stays in `runs/load` and is not done again.
 `--images 20000` for less, `--quick` in a minute, `--write` keeps the table in README.md. The images are synthetic."""
 import argparse, contextlib, io, math, multiprocessing, os, re, shutil, time, warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np, torch
@@ -81,13 +82,13 @@ def epoch(source, size, bs, workers):
 def search(n, width, queries):
     "Nearest neighbors of some features among many"
     torch.set_num_threads(1)
-    before = harness._peak_rss()
+    before = harness.peak_rss()
     gen = torch.Generator().manual_seed(0)
     bank = torch.randn(n, width, generator=gen)
     start,cpu = time.perf_counter(),sum(os.times()[:4])
     sims,_ = nearest_neighbors(bank[:queries], bank, k=20)
     assert (sims[:,0]-1).abs().max()<1e-4  # each finds itself
-    return dict(secs=time.perf_counter()-start, cpu=sum(os.times()[:4])-cpu, peak=harness._peak_rss(), before=before)
+    return dict(secs=time.perf_counter()-start, cpu=sum(os.times()[:4])-cpu, peak=harness.peak_rss(), before=before)
 
 def embed(source, folder, minutes):
     "`swav embed` of as many images as the time allows, by a trial of some"
@@ -105,20 +106,11 @@ def embed(source, folder, minutes):
     shards = sorted(Path(source).glob('*.tar'))
     n,secs,cpu = go(str(shards[0]))
     k = max(1, min(len(shards), int(60*minutes/secs)))
-    before = harness._peak_rss()
+    before = harness.peak_rss()
     n,secs,cpu = go(source if k==len(shards) else str(source/f'shard-{{000000..{k-1:06}}}.tar'))
-    return dict(images=n, secs=secs, cpu=cpu, peak=harness._peak_rss(), before=before)
+    return dict(images=n, secs=secs, cpu=cpu, peak=harness.peak_rss(), before=before)
 
-def _send(f, args, send): send.send(f(*args))
-
-def apart(f, *args):
-    "`f(*args)` in a process of its own, whose peak of memory begins at what is there already"
-    receive,send = multiprocessing.Pipe(duplex=False)
-    p = multiprocessing.get_context('fork').Process(target=_send, args=(f, args, send))
-    p.start()
-    send.close()
-    try: return receive.recv()
-    finally: p.join()
+apart = partial(harness.apart, start='fork')
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
 def prepared(source, out, size, threads):

@@ -25,10 +25,10 @@ from .data import labels_of
 from .encoders import first_conv
 from .evaluate import (NoValidation, extract_features, few_label_idxs, few_label_learner,
                                            few_label_splits, knn_accuracy, largest_share, linear_probe)
-from .files import check_writable, write_json
+from .files import check_writable, file_digest, write_json
 from .models import in_eval
 from .randomness import own_randomness
-from .ranks import check_alike, decided_by_first, file_digest
+from .ranks import check_alike, decided_by_first
 from .runs import find_encoder, saved_args, tell_merged
 from .sources import ImageSource, absolute_source
 from .whitening import Whitening
@@ -382,7 +382,7 @@ def evaluate_run(
     start,files = time.time(),_Files(args)
     out = args.out if args.out or len(args.run)>1 else files.paths[0].parent/'evaluation.json'
     if out is not None: decided_by_first(lambda: check_writable(Path(out).parent))
-    check_alike('the same encoders', {o.name: file_digest(o) for o in files.paths} if world() else {})
+    check_alike('the same encoders', {o.name: file_digest(o)[:16] for o in files.paths} if world() else {})
     todo = _Comparison(files.entries(), args.labels, args.seeds, args.epochs, args.k)
     res = todo.run(files.first.source)
     if out is not None and rank_here()==0:

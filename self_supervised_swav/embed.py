@@ -16,9 +16,9 @@ from .checkpoints import encoder_settings, load_encoder, load_whitening
 from .data import find_images, image_block, image_data_block, list_images, resize
 from .evaluate import extract_features, normalized
 from .collectives import rank_here, world
-from .files import atomic_path, check_writable
+from .files import atomic_path, check_writable, file_digest
 from .images import escape_name, write_csv
-from .ranks import check_alike, check_same_files, decided_by_first, file_digest
+from .ranks import check_alike, check_same_files, decided_by_first
 from .runs import find_encoder
 from .shards import is_shards, open_shards
 from .sources import size_and_channels
@@ -97,7 +97,7 @@ def embed_images(
     decided_by_first(lambda: check_writable(out.parent))
     folder = open_shards(args.folder, args.skip_bad) if in_shards else Path(args.folder)
     if (group := world()) is not None:
-        check_alike('the same encoder', dict(encoder=file_digest(find_encoder(args.run))))
+        check_alike('the same encoder', dict(encoder=file_digest(find_encoder(args.run))[:16]))
         check_same_files(folder, folder if in_shards else list_images(folder, args.follow_links))
     x,files = folder_features(args.run, folder, args.bs, args.skip_bad, args.num_workers, args.device, args.whiten,
                               args.follow_links, group)

@@ -6,7 +6,7 @@
 __all__ = ['official', 'Accounted', 'load_swav_checkpoint', 'Official', 'load_official']
 
 # %% ../nbs/45_published.ipynb #a5690ce7
-import hashlib, re, warnings
+import re, warnings
 from collections import namedtuple
 from pathlib import Path
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from .checkpoints import checkpoint_tensors, n_bytes, plan_network
 from .deepcluster import create_deepcluster_model
 from .encoders import create_timm_encoder
-from .files import atomic_path, check_writable
+from .files import atomic_path, check_writable, file_digest
 from .moco import create_moco_model
 from .models import create_swav_model
 from .simclr import create_simclr_model
@@ -211,12 +211,6 @@ official = { # Name to `Official`
                               'resnet_16_07_20.afe428c7/model_final_checkpoint_phase999.torch')}
 
 # %% ../nbs/45_published.ipynb #f89149f4
-def _checksum(path, kind):
-    h = hashlib.new(kind)
-    with open(path, 'rb') as f:
-        while part := f.read(1<<20): h.update(part)
-    return h.hexdigest()
-
 def _download(url, path):
     with atomic_path(path) as tmp:
         try: torch.hub.download_url_to_file(url, str(tmp))
@@ -242,9 +236,9 @@ def load_official(
         check_writable(folder)
         _download(o.url, path)
         noted.unlink(missing_ok=True)
-    sha = _checksum(path, 'sha256')
+    sha = file_digest(path)
     before = noted.read_text().strip() if noted.exists() else sha
-    if sha!=before or o.md5 and not _checksum(path, 'md5').startswith(o.md5):
+    if sha!=before or o.md5 and not file_digest(path, 'md5').startswith(o.md5):
         raise ValueError(f"{path} is not the file that was published or downloaded before (SHA-256 {sha}): "
                          "delete it and call again")
     with atomic_path(noted) as p: p.write_text(sha+'\n')

@@ -6,7 +6,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
 import sandbox
 sandbox.enter()  # before the package reads anything about the processor
 import matplotlib.pyplot as plt, pytest, torch
+from PIL import Image
 from fastcore.xml import P
+from sklearn.datasets import load_digits
 from helpers import small_learner
 from self_supervised_swav import cli, report
 from self_supervised_swav.monitor import CollapseMonitor
@@ -49,6 +51,15 @@ def command(capsys, monkeypatch):
 def closed_figures():
     yield
     plt.close('all')
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "Two kinds of digits in a folder each"
+    path = tmp_path_factory.mktemp('photos')
+    for i,(x,y) in enumerate(zip(*load_digits(n_class=2, return_X_y=True))):
+        (path/f'{y}').mkdir(exist_ok=True)
+        Image.fromarray((x.reshape(8,8)*255/16).astype('uint8')).resize((16,16)).save(path/f'{y}'/f'{i:03}.png')
+    return path
 
 @pytest.fixture(scope='module')
 def trained():

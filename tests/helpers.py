@@ -91,3 +91,6 @@ class Noisy:
     def __getitem__(self, i):
         self.loaded.append(i)
         return torch.tensor([float(i), torch.rand(1).item(), random.random(), np.random.rand()])
+
+# settings of a `swav pretrain` of seconds
+tiny_run = ['--set', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16', 'num_crops=2,1', 'bf16=False']

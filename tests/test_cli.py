@@ -4,32 +4,21 @@ from pathlib import Path
 import numpy as np, pyarrow.parquet as pq, pytest, torch
 from PIL import Image
 from fastai.data.core import TfmdDL
-from sklearn.datasets import load_digits
 
 from self_supervised_swav import cli, compare, embed, resume, runs
 from self_supervised_swav.checkpoints import load_encoder, load_whitening, save_encoder
 from self_supervised_swav.data import digits_dls, no_targets
 from self_supervised_swav.evaluate import extract_features, few_label_idxs, knn_accuracy, linear_probe
 from self_supervised_swav.whitening import Whitening
-from helpers import small_encoder, small_learner
+from helpers import small_encoder, small_learner, tiny_run as tiny
 
 root = Path(__file__).resolve().parent.parent
-tiny = ['--set', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16', 'num_crops=2,1', 'bf16=False']
 
 def start(*args):
     "`swav ARGS` as a process of its own"
     return subprocess.Popen([sys.executable, '-u', '-m', 'self_supervised_swav', *map(str, args)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env={**os.environ, 'PYTHONPATH': str(root)})
-
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory):
-    "Two kinds of digits in a folder each"
-    path = tmp_path_factory.mktemp('photos')
-    for i,(x,y) in enumerate(zip(*load_digits(n_class=2, return_X_y=True))):
-        (path/f'{y}').mkdir(exist_ok=True)
-        Image.fromarray((x.reshape(8,8)*255/16).astype('uint8')).resize((16,16)).save(path/f'{y}'/f'{i:03}.png')
-    return path
 
 def test_help():
     "A page that names the commands; a page for each with defaults; all without waiting for torch"

@@ -6,9 +6,8 @@ import json, os, shlex, signal, socket, subprocess, sys, time
 from pathlib import Path
 import multiprocessing as mp, pytest, torch, yaml
 import torch.distributed as dist
-from PIL import Image
 from fastai.callback.core import Callback
-from sklearn.datasets import load_digits
+from helpers import tiny_run as tiny
 from test_distributed import ranks_learner, run_ranks
 from torch.distributed.run import get_args_parser
 from self_supervised_swav import cli, runs
@@ -20,7 +19,6 @@ ctx = mp.get_context('forkserver')
 ctx.set_forkserver_preload(['self_supervised_swav.all', 'self_supervised_swav.distributed', 'self_supervised_swav.runs',
                             'self_supervised_swav.compare', 'self_supervised_swav.embed', 'helpers'])
 docs = Path(__file__).resolve().parent.parent/'docs'
-tiny = ['--set', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16', 'num_crops=2,1', 'bf16=False']
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
 def _free_port():
@@ -70,15 +68,6 @@ def _hang(rank, which, step):
 def _raise(rank, which, step):
     def broken(): raise OSError('the disk has gone')
     if rank==which: at_step(step, broken)
-
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory):
-    "Two kinds of digits in a folder each"
-    path = tmp_path_factory.mktemp('photos')
-    for i,(x,y) in enumerate(zip(*load_digits(n_class=2, return_X_y=True))):
-        (path/f'{y}').mkdir(exist_ok=True)
-        Image.fromarray((x.reshape(8,8)*255/16).astype('uint8')).resize((16,16)).save(path/f'{y}'/f'{i:03}.png')
-    return path
 
 # --- pretrain ---------------------------------------------------------------------------------------------------------
 def weights(out): return (out/'encoder.safetensors').read_bytes()
