@@ -1,5 +1,5 @@
 "Images a second through eight augmented crops: this package, torchvision, lightly and kornia"
-import argparse, statistics, time
+import argparse, os, statistics, time
 from functools import partial
 
 import numpy as np, torch, kornia.augmentation as K
@@ -66,7 +66,9 @@ def loaded(tfm, images, bs, workers):
         return partial(next, it)
     return start
 
-def contestants(bs=32, sizes=sizes, workers=2, device='cpu'):
+n_workers = os.cpu_count()  # what a peer on PIL images may use: all of them
+
+def contestants(bs=32, sizes=sizes, workers=n_workers, device='cpu'):
     "Name to a function that gives a function that makes one batch of crops"
     images = photographs(bs)
     x,pipes = batch(images).to(device),get_swav_aug_pipelines(**sizes)
@@ -77,8 +79,9 @@ def contestants(bs=32, sizes=sizes, workers=2, device='cpu'):
             f'torchvision PIL, {workers} workers': loaded(TorchvisionCrops(**sizes), images, bs, workers),
             f'lightly PIL, {workers} workers': loaded(lightly, images, bs, workers)}
 
-def images_per_second(contestants, bs, rounds=5, steps=4, warmup=2, device='cpu'):
-    "Median images a second of each of `contestants`, in alternating runs"
+def images_per_second(contestants, bs, rounds=5, steps=2*n_workers, warmup=n_workers, device='cpu'):
+    """Median images a second of each of `contestants`, in alternating runs. Loaders begin with a batch from each worker
+    at once, so that whole turns of all workers are timed, after the first"""
     rates = {k:[] for k in contestants}
     def finish():
         if device!='cpu': torch.cuda.synchronize()

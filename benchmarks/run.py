@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from fastai.callback.channelslast import ChannelsLast
 
-from harness import Row, machine, table, write
+from harness import Row, line, machine, table, write
 from kernels import contrastive_rows, growth_row, growth_rows, loss_rows, momentum_rows, sinkhorn_rows
 from multicrop import contestants, images_per_second, sizes
 from steps import epoch_rows, gpu_rows, settings, share_rows, step_rows, variant_rows
 
 small = dict(sizes, num_crops=(2,4), crop_sizes=(96,48))
 
-def crop_rows(bs, sizes, rounds, steps=4, device='cpu'):
+def crop_rows(bs, sizes, rounds, device='cpu'):
     fs = contestants(bs, sizes, device=device)
-    rates = images_per_second(fs, bs, rounds, steps, device=device)
+    rates = images_per_second(fs, bs, rounds, device=device)
     (n,m),(s,t) = sizes['num_crops'],sizes['crop_sizes']
     targets = dict(zip(fs, ('','5x (7x)','2x (3x)',''))) if bs==32 and s==224 else {}
     for k in list(fs)[1:]:
@@ -45,7 +45,7 @@ def sections(quick, device):
     if quick: return s
     if device!='cpu': s['GPU step'] = partial(gpu_rows, **d, **settings['gpu'])
     return s|{'small crops': partial(crop_rows, 32, small, 5, **d),
-              'large batch': partial(crop_rows, 256, sizes, 2, 2, **d),
+              'large batch': partial(crop_rows, 256, sizes, 2, **d),
               'contrastive': partial(contrastive_rows, rounds=rounds, **d), 'momentum': partial(momentum_rows, **d),
               'SimCLR step': partial(share_rows, 'simclr', **d), 'MoCo step': partial(share_rows, 'mocov2', **d),
               'bfloat16': partial(epoch_rows, **d),
@@ -68,8 +68,9 @@ def main(argv=None):
     if unknown := set(args.only or ())-set(chosen): p.error(f'unknown sections: {", ".join(sorted(unknown))}')
     rows,start = [],time.time()
     for name,f in chosen.items():
-        rows += f()
-        print(f'{name}: {time.time()-start:.0f} s', file=sys.stderr, flush=True)
+        new = list(f())
+        rows += new
+        print(f'{name}: {time.time()-start:.0f} s', *map(line, new), sep='\n', file=sys.stderr, flush=True)
     seconds = time.time()-start
     print(*machine(args.device), f'{seconds:.0f} s', table(rows), sep='\n')
     if args.write: write(Path(__file__).with_name('README.md'), rows, args.device, seconds)

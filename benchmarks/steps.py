@@ -14,7 +14,7 @@ from lightly.transforms import SwaVTransform
 from torch import nn
 
 from harness import Row, fmt_time, race
-from multicrop import batch, loaded, photographs
+from multicrop import batch, loaded, n_workers, photographs
 from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.data import fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
@@ -115,8 +115,9 @@ class LightlyModel(nn.Module):
     def forward(self, x):
         return self.prototypes(F.normalize(self.projection_head(self.backbone(x).flatten(start_dim=1)), dim=1, p=2))
 
-def lightly_step(arch, bs, num_crops, crop_sizes, images, device='cpu', workers=2):
-    "The same for lightly's modules; its crops come from a loader, or are made once where there are no `workers`"
+def lightly_step(arch, bs, num_crops, crop_sizes, images, device='cpu', workers=n_workers, fast=False):
+    """The same for lightly's modules; its crops come from a loader, or are made once where there are no `workers`.
+    `fast`: bfloat16 and channels_last"""
     torch.manual_seed(0)
     encoder = create_encoder(arch, pretrained=False)
     model = LightlyModel(encoder, encoder.eval()(torch.zeros(1, 3, 64, 64)).shape[1]).to(device).train()
@@ -124,16 +125,20 @@ def lightly_step(arch, bs, num_crops, crop_sizes, images, device='cpu', workers=
     tfm = SwaVTransform(crop_counts=num_crops, crop_sizes=crop_sizes, crop_min_scales=scales['min_scales'],
                         crop_max_scales=scales['max_scales'])
     start = loaded(tfm, images, bs, workers)
-    crops = None if workers else start()()
+    crops = None if workers else [o.to(device) for o in start()()]
+    layout = dict(memory_format=torch.channels_last) if fast else {}
+    model.to(**layout)
     def step(batch):
         model.prototypes.normalize()
-        scores = [model(o.to(device)) for o in batch]
+        with torch.autocast(device, torch.bfloat16, enabled=fast):
+            scores = [model(o.to(device, **layout)) for o in batch]
+        scores = [o.float() for o in scores]
         criterion(scores[:num_crops[0]], scores[num_crops[0]:]).backward()
         opt.step()
         opt.zero_grad()
     def run(n):
         watch,take = Stopwatch(device),start() if workers else lambda: crops
-        step(take())
+        for _ in range(max(1, workers)): step(take())
         begin = watch.now()
         for _ in range(n): step(take())
         watch.add('step', begin)
@@ -151,8 +156,9 @@ def race_steps(runs, rounds, n):
 def _size(arch, bs, num_crops, crop_sizes):
     return f'{arch}, batch {bs}, ' + ' + '.join(f'{n}x{s}' for n,s in zip(num_crops, crop_sizes))
 
-def step_rows(rounds=3, n=2, device='cpu', **setting):
+def step_rows(rounds=3, n=None, device='cpu', **setting):
     "The step of one of the `settings`, where its time goes, and lightly's"
+    if n is None: n = 2 if device=='cpu' else 2*n_workers  # whole turns of its workers, where they are the slow part
     photos = photographs(setting['bs'])
     runs = {'this package': our_step(images=batch(photos), device=device, **setting),
             'with its crops': lightly_step(images=photos, device=device, **setting),
@@ -162,8 +168,8 @@ def step_rows(rounds=3, n=2, device='cpu', **setting):
     def share(*names): return sum(ours[k] for k in names)/ours['step']
     def listed(names): return ', '.join(f'{k} {share(k):.1%}' for k in names)
     whole = {k: v['step'] for k,v in times.items()}
-    yield Row.of_times('training step, crops included', size, {**whole, 'lightly, 2 workers': whole['with its crops']},
-                       'lightly, 2 workers')
+    peer = f'lightly, {n_workers} workers'
+    yield Row.of_times('training step, crops included', size, {**whole, peer: whole['with its crops']}, peer)
     yield Row.of_times('training step, crops given', size, {**whole, 'this package': ours['step']-ours['crops']},
                        'lightly')
     yield Row('share of the step in encoder and optimizer', size, f'{share(*needed):.1%}', listed(needed), '')
@@ -185,9 +191,14 @@ def gpu_rows(rounds=3, n=5, device='cuda', **setting):
     "Where the time of a large step goes on a GPU, in bfloat16 and channels_last"
     cbs = [ChannelsLast(),MixedPrecision(amp_mode='bf16')]
     run = our_step(images=batch(photographs(setting['bs'])), device=device, cbs=cbs, **setting)
-    times = race_steps({'this package': run}, rounds, n)['this package']
+    peer = lightly_step(images=photographs(setting['bs']), device=device, workers=0, fast=True, **setting)
+    both = race_steps({'this package': run, 'lightly': peer}, rounds, n)
+    times = both['this package']
     size = _size(**setting)+', bfloat16, channels_last'
-    yield Row('training step', size, fmt_time(times['step']), '', '')
+    whole = {k: v['step'] for k,v in both.items()}
+    yield Row('training step, crops included', size, fmt_time(whole['this package']), '', '')
+    yield Row.of_times('training step, crops given', size, whole|{'this package': times['step']-times['crops']},
+                       'lightly')
     outside = 1-sum(times[k] for k in needed)/times['step']
     yield Row('share of the step outside encoder and optimizer', size, f'{outside:.1%}',
               ', '.join(f"{k} {times[k]/times['step']:.1%}" for k in extras), '', '', '(8 %)')

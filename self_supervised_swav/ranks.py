@@ -326,12 +326,14 @@ def launch(
     if 0<n_gpus<n: raise ValueError(f"gpus must be at most the {n_gpus} of this machine, got {n}")
     if not n_gpus: print(f"no GPU is used: {n} processes share the processor, with gloo", file=sys.stderr, flush=True)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//n)))
+    # seconds that ranks have for their last checkpoint; not as an option, which torch 2.11 does not have
+    os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '120')
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     logging.disable(logging.ERROR)  # the ranks say themselves what is wrong
     args = run.get_args_parser().parse_args([
-        '--standalone', '--nproc-per-node', str(n), '--max-restarts', str(max_restarts), '--shutdown-timeout', '120',
+        '--standalone', '--nproc-per-node', str(n), '--max-restarts', str(max_restarts),
         '-m', 'self_supervised_swav', *map(str, argv)])
     try: run.run(args)
     except SignalException as e: return 128+e.sigval
