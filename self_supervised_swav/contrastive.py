@@ -10,7 +10,7 @@ import math
 import torch, torch.nn.functional as F
 import torch.distributed as dist
 from .collectives import exchange, gather_rows
-from .losses import max_exponent
+from .losses import max_exponent, pick_crops
 
 # %% ../nbs/08_contrastive.ipynb #cae2b86b
 _n_block = 1<<19    # scores worked on at a time: they stay near a core
@@ -45,10 +45,10 @@ class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, temp, large, group, sizes):
         V,B,_ = z.shape
-        keys = gather_rows(z[large].contiguous(), sizes, group)  # (A,M,d), those of all ranks
+        keys = gather_rows(pick_crops(z, large).contiguous(), sizes, group)  # (A,M,d), those of all ranks
         first = sum(sizes[:dist.get_rank(group)]) if group is not None else 0  # where this rank's begin
         is_pair = torch.ones(V, len(large), 1, dtype=z.dtype, device=z.device)
-        is_pair[large,range(len(large))] = 0  # a crop is no partner of its own
+        for a,v in enumerate(large): is_pair[v,a] = 0  # a crop is no partner of its own
         n_pairs = (V-1)*len(large)*B
         grads = (torch.empty_like(z),torch.zeros_like(keys)) if ctx.needs_input_grad[0] else (None,None)
         rows = _block_length(keys.shape[0]*keys.shape[1], z.device)
@@ -70,7 +70,7 @@ class _NTXent(torch.autograd.Function):
         grad,grad_keys = (o*grad_output for o in ctx.saved_tensors)
         if ctx.group is not None:
             dist.all_reduce(grad_keys, group=ctx.group)  # other ranks compare with this one's keys
-        grad[ctx.large] += grad_keys[:,ctx.own]
+        for v,own in zip(ctx.large, grad_keys[:,ctx.own]): grad[v] += own
         return grad,None,None,None,None
 
 def _nt_xent_block(q, keys, first, is_pair, temp, scale, grad_q, grad_keys):

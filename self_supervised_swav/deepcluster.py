@@ -14,6 +14,7 @@ from fastai.callback.hook import total_params
 from .augment import get_swav_aug_pipelines
 from .collectives import exchange, gather_rows
 from .kmeans import spherical_kmeans
+from .losses import pick_crops
 from .models import MultiCropModel, Prototypes, create_projector, own_init
 from .multiview import MultiView, register_method
 from .randomness import own_randomness
@@ -76,16 +77,33 @@ class FeatureMemory:
         path=None # File to keep them in; None: in memory
     ):
         shape = n_crops,n,dim
-        if path is None: self.features = torch.zeros(shape)
-        else: self.features = torch.from_file(str(path), shared=True, size=math.prod(shape)).view(shape)
+        if path is None: self._features = torch.zeros(shape)
+        else: self._features = torch.from_file(str(path), shared=True, size=math.prod(shape)).view(shape)
         self.seen = torch.zeros(n, dtype=torch.bool)
+        self._on_the_way = None
+
+    @property
+    def features(self):
+        "All embeddings (n_crops,n,dim), the last ones too"
+        if self._on_the_way is not None:
+            idxs,x,arrived = self._on_the_way
+            arrived.synchronize()
+            self._features[:,idxs],self._on_the_way = x,None
+        return self._features
 
     def put(self,
         idxs:torch.Tensor, # (B,) which images
         x:torch.Tensor # (n_crops,B,dim) their embeddings
     ):
-        "Keep the embeddings of a batch"
-        self.features[:,idxs] = x.detach().to('cpu', torch.float32)
+        "Keep the embeddings of a batch; those on a GPU arrive while it goes on with the step"
+        x = x.detach().float()
+        if x.is_cuda:
+            copy,arrived = torch.empty(x.shape, pin_memory=True),torch.cuda.Event()
+            copy.copy_(x, non_blocking=True)
+            arrived.record()
+            self.features  # those of the last batch
+            self._on_the_way = idxs,copy,arrived
+        else: self.features[:,idxs] = x.cpu()
         self.seen[idxs] = True
 
     def get(self,
@@ -241,13 +259,16 @@ class DeepClusterV2(MultiView):
         "Cluster of each image of the batch (n_heads,B)"
         if not self.training: return self._nearest(scores)
         idxs = self._idxs_of_batch(self.iter, len(self.images))
-        self.memory.put(idxs, embedding.unflatten(0, (self.n_views,-1))[self.crop_assgn_ids])
-        return self.assigned[:,idxs].to(scores.device)
+        self.memory.put(idxs, self._of_assigned(embedding))
+        return self.assigned[:,idxs].to(scores.device, non_blocking=True)
+
+    def _of_assigned(self, x):
+        "What belongs to the assigned crops (A,B,...), of rows for all crops (V*B,...)"
+        return pick_crops(x.unflatten(0, (self.n_views,-1)), self.crop_assgn_ids)
 
     def _nearest(self, scores):
         "Nearest prototype of an assigned crop of each image (n_heads,B)"
-        crops = scores.detach().unflatten(0, (self.n_views,-1))[self.crop_assgn_ids]
-        parts = crops.split(self.bare_model.n_protos, 2)
+        parts = self._of_assigned(scores.detach()).split(self.bare_model.n_protos, 2)
         return torch.stack([o[h%len(self.crop_assgn_ids)].argmax(1) for h,o in enumerate(parts)])
 
     def after_fit(self):
@@ -287,7 +308,7 @@ class DeepClusterV2(MultiView):
 
     def health(self, pred):
         "The signs of this step"
-        large = pred[0].detach().unflatten(0, (self.n_views,-1))[self.crop_assgn_ids].flatten(0, 1)
+        large = self._of_assigned(pred[0].detach()).flatten(0, 1)
         self.seen['embedding'] = large
         loss = self.learn.loss.detach()/self.chance_loss[0]
         return dict(zip(self.signs, (loss, torch.full_like(loss, self.evenness), feature_spread(large))))

@@ -21,6 +21,7 @@ from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.meta import delegates
 from .collectives import world
 from .queue import FeatureQueue
+from .ranks import check_rank_device
 
 # %% ../nbs/28_distributed.ipynb #802de8f9
 @patch
@@ -45,6 +46,7 @@ class DDPTrainer(DistributedTrainer):
         **kwargs
     ):
         on_cpu = kwargs.setdefault('cpu', not torch.cuda.is_available())
+        if not on_cpu: check_rank_device('cuda')
         super().__init__(sync_bn and not on_cpu, **kwargs)
         self.old_dls,self.unsynced = None,sync_bn and on_cpu
 

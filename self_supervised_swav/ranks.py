@@ -273,10 +273,14 @@ def _backend(device):
 def check_rank_device(
     device # As for a command; None: the GPU of this rank
 ):
-    "A number would be the same GPU for all"
+    "A number would be the same GPU for all, and there must be one for each process of this machine"
     if n_launched()>1 and device is not None and torch.device(device).index is not None:
         raise ValueError(f"device must be 'cpu', 'cuda' or nothing for several processes, each has its own, got "
                          f"{str(device)!r}")
+    n_here,n_gpus = int(os.environ.get('LOCAL_WORLD_SIZE', 1)),torch.cuda.device_count()
+    if _backend(device)!='gloo' and n_gpus<n_here:
+        raise ValueError(f"device must be 'cpu' for {n_here} processes on a machine with {n_gpus} GPU(s): each needs "
+                         "one of its own")
 
 def _own_store():
     "A connection of the watch's own: that of the group may be waiting"

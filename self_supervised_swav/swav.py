@@ -13,7 +13,7 @@ from fastai.callback.hook import total_params
 from .augment import get_swav_aug_pipelines
 from .collectives import share
 from .drawings import check_finite, draw_codes, draw_prototypes
-from .losses import swapped_loss
+from .losses import pick_crops, swapped_loss
 from .models import SwAVModel, create_swav_model, in_eval
 from .multiview import MultiView, Picture, register_method
 from .randomness import own_randomness
@@ -141,7 +141,7 @@ class SWAV(MultiView):
         "Enqueue the assigned crops' embeddings, during training only"
         if self.K and self.training and not hasattr(self.learn, 'lr_finder'):
             queue = self.bare_model.queue
-            queue.push(embedding[self.crop_assgn_ids].to(queue.features.dtype), self.group, self.sizes)
+            queue.push(pick_crops(embedding, self.crop_assgn_ids).to(queue.features.dtype), self.group, self.sizes)
 
     def before_step(self):
         if self._step<self._frozen_steps: self._weight.grad = None
@@ -202,7 +202,7 @@ def concerns(self:SWAV, n_images, batch):
 @patch
 def health(self:SWAV, pred):
     lnk,codes,n_epoch_steps = self.chance_loss[0],self.codes.flatten(0, 1),len(self.dls.train)
-    embedding = pred[0].detach().unflatten(0, (self.n_views,-1))[self.crop_assgn_ids].flatten(0, 1)
+    embedding = pick_crops(pred[0].detach().unflatten(0, (self.n_views,-1)), self.crop_assgn_ids).flatten(0, 1)
     mean = codes.mean(0)
     step = self.seen['step'] = self.seen.get('step', -1)+1
     if step==0: self.seen['last_used'] = torch.full((len(mean),), -n_epoch_steps, device=mean.device)

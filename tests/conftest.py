@@ -2,6 +2,7 @@
 import os, random, sys
 from pathlib import Path
 os.environ.setdefault('MPLBACKEND', 'agg')
+if 'SWAV_DEVICE' not in os.environ: os.environ['CUDA_VISIBLE_DEVICES'] = ''  # bounds and places are those of a CPU
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
 import sandbox
 sandbox.enter()  # before the package reads anything about the processor

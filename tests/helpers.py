@@ -5,6 +5,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from sklearn.datasets import load_digits
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.data import tensor_dls
 from self_supervised_swav.encoders import create_encoder
@@ -83,6 +84,16 @@ def _pretends_gpu():
 
 needs_pretended_gpu = pytest.mark.skipif(not _pretends_gpu(),
                                          reason='this version of torch cannot pretend that there is a GPU')
+
+class NoWait(TorchDispatchMode):
+    """On pretended CUDA tensors, what a real GPU would be waited for raises: copies between devices, those of an index
+    like `x[[0,1]]` too"""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__=='_to_copy' and not (kwargs or {}).get('non_blocking'):
+            a,b = args[0].device.type,out.device.type
+            if a!=b: raise RuntimeError(f'a tensor {tuple(out.shape)} of {a} is copied to {b}: the step waits for it')
+        return out
 
 class Noisy:
     "Items with noise of all three generators, which notes what is loaded"

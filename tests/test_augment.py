@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from fuzz import fuzz
-from helpers import needs_pretended_gpu, rounding
+from helpers import NoWait, needs_pretended_gpu, rounding
 from self_supervised_swav.augment import (BatchAugment, ExactAugment, MultiCrop, get_batch_augs,
                                           get_multi_aug_pipelines,
                                           get_swav_aug_pipelines)
@@ -450,7 +450,7 @@ def test_no_synchronization(c):
     "All of it runs on pretended CUDA tensors: nothing is left on the CPU, no value is waited for"
     from torch._subclasses import FakeTensorMode
     # the parameters are drawn on the CPU even where the default device is another
-    with FakeTensorMode(), torch.device('cuda'):
+    with FakeTensorMode(), torch.device('cuda'), NoWait():
         x = torch.rand(8, c, 64, 80)
         pipes = get_swav_aug_pipelines(crop_sizes=(32,16), rotate=True, stats=((.5,)*c,(.2,)*c))
         y = MultiCrop(pipes).cut(x)

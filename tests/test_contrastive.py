@@ -3,8 +3,9 @@ import math
 import pytest, torch, torch.nn.functional as F
 from hypothesis import strategies as st
 from lightly.loss import NTXentLoss
+from torch._subclasses import FakeTensorMode
 from fuzz import fuzz
-from helpers import rounding
+from helpers import NoWait, needs_pretended_gpu, rounding
 from self_supervised_swav.collectives import world
 from self_supervised_swav.contrastive import info_nce, nt_xent
 from test_distributed import run_ranks
@@ -190,3 +191,11 @@ def test_peak_is_one_matrix():
      'temp must be positive, .* got -1')])
 def test_bad_settings(f, says):
     with pytest.raises(ValueError, match=says): f()
+
+# --- the device, without one ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('ids', [(0,1), (2,0)])
+@needs_pretended_gpu
+def test_no_wait_on_a_pretended_gpu(ids):
+    with FakeTensorMode(), torch.device('cuda'), NoWait():
+        assert nt_xent(torch.rand(3, 8, 4), large_ids=ids).device.type=='cuda'
+        assert info_nce(torch.rand(3, 8, 4), torch.rand(2, 8, 4), torch.rand(2, 20, 4), key_ids=ids).device.type=='cuda'

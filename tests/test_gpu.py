@@ -1,4 +1,5 @@
-"""What else runs on pretended CUDA tensors, for real: `make test-gpu`. `SWAV_DEVICE=cpu` tries the tests themselves.
+"""What else runs on pretended CUDA tensors, for real: `make test-gpu`, which sets SWAV_DEVICE=cuda.
+`SWAV_DEVICE=cpu` tries the tests themselves.
 
 Bounds: convolutions and products in float32 (TF32 off) add the terms of a sum in another order than a CPU; results are
 compared with float64 on the CPU."""
@@ -11,6 +12,7 @@ from helpers import method_cases, method_learner, rounding, small_encoder, small
 from test_resume import PowerCut, cut_after
 from self_supervised_swav.augment import MultiCrop, get_swav_aug_pipelines
 from self_supervised_swav.contrastive import info_nce, nt_xent
+from self_supervised_swav.deepcluster import FeatureMemory
 from self_supervised_swav.fused import FusedAugment
 from self_supervised_swav.losses import swapped_loss
 from self_supervised_swav.models import create_swav_model
@@ -18,7 +20,7 @@ from self_supervised_swav.queue import FeatureQueue
 from self_supervised_swav.resume import ResumeTraining
 from self_supervised_swav.sinkhorn import sinkhorn
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu,pytest.mark.skipif('SWAV_DEVICE' not in os.environ, reason='SWAV_DEVICE names no device')]
 device = torch.device(os.environ.get('SWAV_DEVICE', 'cuda'))
 on_cuda = pytest.mark.skipif(device.type!='cuda', reason='about CUDA alone')
 f32 = torch.float32
@@ -75,6 +77,15 @@ def test_contrastive_losses(name, N):
     for a,b in zip(got, want):  # scores are sums of 32 products over a temperature, a row has at most 800 of them
         torch.testing.assert_close(a.double().cpu(), b, rtol=rounding(f32, 2000),
                                    atol=rounding(f32, 2000, b.abs().max().item()))
+
+@on_cuda
+def test_memory_of_deepcluster():
+    "Embeddings that are still on the way are there when somebody asks"
+    memory,x = FeatureMemory(2, 50, 4),torch.randn(2, 50, 4)
+    for i,idxs in enumerate(torch.randperm(50).split(8)):
+        memory.put(idxs, x[:,idxs].to(device).mul_(1.))
+        if i==2: assert torch.equal(memory.get(1)[1], x[1,memory.seen])
+    assert memory.seen.all() and torch.equal(memory.features, x)
 
 def test_queue():
     queue,want = FeatureQueue(2, 7, 3).to(device),FeatureQueue(2, 7, 3)

@@ -232,7 +232,8 @@ def test_compressed_shards_are_refused(tmp_path, kind, name):
     compressed(tmp_path/'a.tar', kind)
     with pytest.raises(ValueError, match=rf'it is compressed \({name}\)'): Shards(tmp_path/'a.tar')
 
-@pytest.mark.parametrize('data', [b'', b'<html>not found</html>', b'\0'*1024, os.urandom(2000), b'x'*512*3])
+@pytest.mark.parametrize('data', [b'', b'<html>not found</html>', b'\0'*1024, random.Random(0).randbytes(2000),
+                                  b'x'*512*3], ids=['empty','page','zeros','noise','letters'])
 def test_no_archive_at_all(tmp_path, data):
     (tmp_path/'a.tar').write_bytes(data)
     with pytest.raises(ValueError, match=r'a\.tar'): Shards(tmp_path/'a.tar')
