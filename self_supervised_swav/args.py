@@ -59,7 +59,7 @@ class MachineArgs:
     "Machine"
     # Batch size; for pretrain also auto: the largest that fits and still gains speed
     bs:int = option(64, metavar='N', type=int_or_auto)
-    num_workers:int = option(metavar='N') # Processes that load images (default: one per core, at most 16)
+    num_workers:int = option(metavar='N') # Processes that load images (default: what pays, at most one per core, 16)
     device:str = option(metavar='NAME') # Device, such as cpu or cuda:1 (default: the GPU if there is one)
     finds_bs = False  # not a field: can the command find the batch size?
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['no_targets', 'NoTargets', 'OpenImage', 'UnlabeledImageBlock', 'TensorChannels', 'OpenChannels', 'image_block',
            'ResizeChannels', 'resize', 'look_at_images', 'check_images', 'list_images', 'write_bad_files', 'split_bad',
-           'find_images', 'find_copies', 'random_split', 'fit_bs', 'image_data_block', 'swav_dls', 'TensorImages',
-           'TensorDL', 'tensor_dls', 'labels_of', 'subset', 'digits_dls', 'read_idx', 'fashion_mnist_dls']
+           'find_images', 'find_copies', 'random_split', 'fit_bs', 'image_data_block', 'n_loaders', 'workers_of_parts',
+           'swav_dls', 'TensorImages', 'TensorDL', 'tensor_dls', 'labels_of', 'subset', 'digits_dls', 'read_idx',
+           'fashion_mnist_dls']
 
 # %% ../nbs/30_data.ipynb #0720e510
-import gzip, math, random, struct, sys, warnings
+import gzip, math, os, random, struct, sys, warnings
 from contextlib import nullcontext
 import numpy as np, torch, torch.nn.functional as F
 from pathlib import Path
@@ -33,6 +34,7 @@ from .files import atomic_path
 from .images import (ImageInfo, StoredImage, check_color_name, check_window, count_of,
                                          duplicate_groups, escape_name, image_files, image_info, read_channels,
                                          read_image)
+from .machine import n_cores
 from .multiview import MultiView
 from .randomness import own_randomness
 from .shards import FromShards, ShardDL, ShardLabel, Shards, is_shards, open_shards
@@ -314,6 +316,26 @@ def image_data_block(
     items = np.arange(len(shards)) if files is shards else np.array([o.i for o in files])
     return DataBlock(**kwargs, dl_type=ShardDL, get_x=FromShards(shards), get_y=get_y),items
 
+_worker_seconds,_image_seconds,_byte_seconds = .05,1.2e-3,1e-8  # to start a loader; to read an image; to decode a byte
+
+def n_loaders(
+    files, # Image files, or shards
+    most:int|None=None # At most (default: one for each core, up to 16)
+)->int: # 0: it is not worth to start one
+    "Processes that read `files` soonest: each takes its time to start, in every epoch, and the work is shared"
+    most = min(16, n_cores()) if most is None else most
+    if isinstance(files, Shards) or not len(files) or not all(isinstance(o, (str,Path)) for o in files): return most
+    some = files[::math.ceil(len(files)/256)]
+    n_bytes = sum(os.path.getsize(o) for o in some)/len(some)
+    work = len(files)*(_image_seconds + _byte_seconds*n_bytes)
+    return min(most, round(math.sqrt(work/_worker_seconds)))  # the least of work/n + n*start
+
+def workers_of_parts(files, splits, num_workers=None):
+    "Arguments of `DataBlock.dataloaders`: how many processes load each part"
+    if num_workers is None: parts = [n_loaders([files[i] for i in part]) for part in splits]
+    else: parts = [num_workers]*len(splits)
+    return dict(num_workers=parts[0], dl_kwargs=[dict(num_workers=o) for o in parts])
+
 # %% ../nbs/30_data.ipynb #9ac60b9d
 def swav_dls(
     path_or_files, # Folder of images, searched recursively, a list of image files, or shards: see `Shards`
@@ -328,7 +350,7 @@ def swav_dls(
     follow_links:bool=False, # Take what symbolic links to places outside the folder lead to?
     window:tuple|None=None, # Values that become black and white in images of more than 8 bits: see `to_unit`
     background='white', # Color behind transparent pixels
-    num_workers:int|None=None, # Processes that load images (default: one for each core, up to 16)
+    num_workers:int|None=None, # Processes that load images (default: what pays, at most one for each core and 16)
     device=None, # Device of the batches
     **kwargs, # Passed to `DataBlock.dataloaders`
 ):
@@ -353,7 +375,8 @@ def swav_dls(
     splits = random_split(len(files), valid_pct, seed, find_copies(files) if check else ())
     block = image_block(n_in, (w,h), window, background)
     dblock,items = image_data_block(files, block, splits, resize(n_in, (h,w), method))
-    dls = dblock.dataloaders(items, bs=fit_bs(bs, len(splits[0])), num_workers=num_workers, device=device, **kwargs)
+    kwargs = workers_of_parts(files, splits, num_workers)|kwargs
+    dls = dblock.dataloaders(items, bs=fit_bs(bs, len(splits[0])), device=device, **kwargs)
     dls.image_settings = dict(window=window, background=background)
     return dls
 

@@ -13,7 +13,7 @@ import numpy as np, torch
 from fastai.torch_core import default_device
 from .args import EmbedArgs
 from .checkpoints import encoder_settings, load_encoder, load_whitening
-from .data import find_images, image_block, image_data_block, list_images, resize
+from .data import find_images, image_block, image_data_block, list_images, n_loaders, resize
 from .evaluate import extract_features, normalized
 from .collectives import rank_here, world
 from .files import atomic_path, check_writable, file_digest
@@ -29,7 +29,7 @@ def folder_features(
     folder, # Folder of images, searched recursively, a list of image files, or `Shards`
     bs:int=64, # Batch size
     skip_bad:bool=False, # Leave out files that are not readable images, instead of raising an error?
-    num_workers:int|None=None, # Processes that load images (default: one for each core, up to 16)
+    num_workers:int|None=None, # Processes that load images (default: what pays, at most one for each core and 16)
     device=None, # Device, such as 'cpu' (default: the GPU if there is one)
     whiten:bool=False, # Whitened as the encoder's file says, or else by these images
     follow_links:bool=False, # Take what symbolic links to places outside the folder lead to?
@@ -54,6 +54,7 @@ def folder_features(
     device = default_device() if device is None else torch.device(device)
     block = image_block(n_in, (size,size), window, background)
     dblock,items = image_data_block(files, block, (range(len(files)),[]), resize(n_in, (size,size)))
+    num_workers = n_loaders(files) if num_workers is None else num_workers
     dls = dblock.dataloaders(items, bs=min(bs, len(files)), num_workers=num_workers, device=device)
     loader = normalized(dls, settings.get('stats')).train
     layer = load_whitening(path) if whiten else None

@@ -9,14 +9,16 @@ __all__ = ['wilson_interval', 'fit_temperature', 'count_chosen', 'LabeledFiles',
 # %% ../nbs/44_finetune.ipynb #44f10003
 import json, math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
 from fastai.callback import schedule  # noqa: F401  it patches Learner
 from fastai.callback.progress import ProgressCallback
-from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.torch_core import default_device, set_seed
 from fastai.data.transforms import IndexSplitter, IntToFloatTensor, ItemGetter
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,6 +30,7 @@ from .embed import folder_features
 from .evaluate import NoValidation, few_label_learner, linear_probe
 from .files import atomic_path, check_writable, read_json, write_json
 from .images import csv_name, write_csv
+from .machine import n_cores
 from .runs import find_encoder
 from .select import read_labels, relative_names
 
@@ -105,6 +108,8 @@ def _mirrors(run):
     p = _setting_of_run(run, 'recipe', 'augs', 'flip_p')
     return .5 if p is None else p
 
+_max_bytes = 2**30  # of images that are kept in memory
+
 class _Tuner:
     "Fine-tunes copies of an encoder on image files"
     def __init__(self, args, files, y, vocab):
@@ -116,16 +121,33 @@ class _Tuner:
         self.block = image_block(self.n_in, self.size, settings.get('window'),
                                  settings.get('background', 'white'), targets=True)
         self.device = default_device() if args.device is None else torch.device(args.device)
+        self.images = self._open_all()
         n_steps = math.ceil(len(files)/min(args.bs, len(files)))
         self.epochs = args.epochs or max(10, min(60, round(400/n_steps)))
 
-    def dls(self, train, valid=(), **kwargs):
-        "DataLoaders of the labeled files with these numbers, which can be pickled"
-        pairs = [(self.files[i],self.vocab[self.y[i]]) for i in [*train,*valid]]
-        dblock = DataBlock((self.block,CategoryBlock(self.vocab)), getters=[ItemGetter(0),ItemGetter(1)],
+    def _open_all(self):
+        "The images, no larger than they must be to be cropped; None where they would fill the memory"
+        h,w = self.size
+        if self.n_in not in (1,3) or len(self.files)*6*h*w>_max_bytes: return None
+        def opened(file):
+            image = self.block.type_tfms[0](file)
+            scale = max(w/image.width, h/image.height)
+            if scale>=1: return image
+            size = max(w, round(scale*image.width)),max(h, round(scale*image.height))
+            return type(image)(image.resize(size, Image.Resampling.BILINEAR))
+        with ThreadPoolExecutor(min(16, n_cores())) as pool: return list(pool.map(opened, self.files))
+
+    def dls(self, train, valid=(), from_files=False, **kwargs):
+        "DataLoaders of the labeled files with these numbers; `from_files`: that can be pickled"
+        in_memory = self.images is not None and not from_files
+        items = self.images if in_memory else self.files
+        pairs = [(items[i],self.vocab[self.y[i]]) for i in [*train,*valid]]
+        block = TransformBlock(batch_tfms=IntToFloatTensor) if in_memory else self.block
+        dblock = DataBlock((block,CategoryBlock(self.vocab)), getters=[ItemGetter(0),ItemGetter(1)],
                            item_tfms=resize(self.n_in, self.size),
                            splitter=IndexSplitter(list(range(len(train), len(pairs)))))
-        own = dict(bs=min(self.args.bs, len(train)), num_workers=self.args.num_workers, device=self.device)
+        own = dict(bs=min(self.args.bs, len(train)), num_workers=0 if in_memory else self.args.num_workers,
+                   device=self.device)
         return dblock.dataloaders(pairs, **own|kwargs)
 
     def augmented(self, dls):
@@ -274,7 +296,7 @@ def _write_classifier(out, args, tuner, data, x, kept, temperature, result):
     known = {k: v for k,v in encoder_settings(tuner.path).items() if k in ('size','stats','window','background')}
     save_encoder(encoder, out/'encoder.safetensors', **known)
     with atomic_path(out/'head.safetensors') as p: save_file(dict(weight=weight.contiguous(), bias=bias), p)
-    plain = tuner.dls(everything, bs=2, num_workers=0)
+    plain = tuner.dls(everything, from_files=True, bs=2, num_workers=0)
     learn = few_label_learner(encoder, plain, stats=tuner.stats, custom_head=head, pretrained=False)
     learn.model.eval()
     with atomic_path(out/'export.pkl') as p: learn.export(p.resolve())

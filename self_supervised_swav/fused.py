@@ -411,19 +411,24 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         "Some crops at a time, each from its own box"
         return iter(BoxCutter(x, table, self.flags['size'], self.radius, self._largest(x)))
 
-    def _cut_windows(self, x, table):
-        "One crop of every image at a time, from windows that hold any box"
-        for i in range(0, len(table), len(x)): yield self._one_crop_each(x, table[i:i+len(x)])
+    max_window_pixels = 2**26 # of the windows in work at a time, if those of one crop of each image are no more
 
-    def _one_crop_each(self, x, table):
-        "One crop of every image, with shapes that no drawn number changes"
+    def _cut_windows(self, x, table):
+        "Some crops of every image at a time, from windows that hold any box: a GPU waits longer for small tasks to begin"
+        n = self.max_window_pixels//(x[:,:,0,0].numel()*math.prod(self._largest(x)))
+        for some in table.split(max(1, n)*len(x)): yield self._cut_alike(x, some)
+
+    def _cut_alike(self, x, table):
+        "As many crops of every image as the table has, with shapes that no drawn number changes"
         (h,w),(top,left,bh,bw,flip,_,sigma) = x.shape[-2:],table[:,:7].unbind(1)
         wh,ww = self._largest(x)
+        n = len(table)//len(x)
         y0,x0 = top.clamp(max=h-wh),left.clamp(max=w-ww)
         if (wh,ww)!=(h,w):
             rows,cols = ((o[:,None] + torch.arange(n, device=x.device)).long() for o,n in ((y0,wh),(x0,ww)))
-            b,c = (torch.arange(n, device=x.device) for n in x.shape[:2])
-            x = x[b[:,None,None,None], c[:,None,None], rows[:,None,:,None], cols[:,None,None]]
+            b,c = (torch.arange(o, device=x.device) for o in x.shape[:2])
+            x = x[b.repeat(n)[:,None,None,None], c[:,None,None], rows[:,None,:,None], cols[:,None,None]]
+        elif n>1: x = x.repeat(n, 1, 1, 1)
         down,across = dense(*self._taps(wh, top-y0, bh), wh),dense(*self._taps(ww, left-x0, bw, flip>0), ww)
         if self.radius>0:
             band = blur_band(sigma, self.radius, self._blocks()[0])

@@ -14,7 +14,8 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import parent_label
 from .collectives import world
 from .data import (digits_dls, fashion_mnist_dls, find_copies, fit_bs, image_block,
-                                       image_data_block, list_images, look_at_images, random_split, resize, split_bad)
+                                       image_data_block, list_images, look_at_images, random_split, resize, split_bad,
+                                       workers_of_parts)
 from .images import check_color_name, check_window, count_of, image_info
 from .ranks import check_same_files
 from .shards import is_address, is_shards, open_shards
@@ -141,7 +142,8 @@ class ImageSource:
         block = image_block(n_in, (size,size), self.window, self.background, targets=labeled)
         dblock,items = image_data_block(self.files, block, self.splits, resize(n_in, (size,size)),
                                         *((CategoryBlock(self.vocab),parent_label) if labeled else ()))
-        dls = dblock.dataloaders(items, bs=fit_bs(bs, len(self.splits[0])), num_workers=num_workers, device=device)
+        dls = dblock.dataloaders(items, bs=fit_bs(bs, len(self.splits[0])), device=device,
+                                 **workers_of_parts(self.files, self.splits, num_workers))
         dls.image_settings = dict(window=self.window, background=self.background)
         return dls
 
