@@ -116,11 +116,13 @@ def table(rows):
     return '\n'.join(line(c.ljust(w) for c,w in zip(r, widths)) for r in [columns, ['-'*w for w in widths], *rows])
 
 marker = '<!-- everything below is written by `make bench` -->'
+gpu_markers = '<!-- gpu: written by `make bench` where there is a GPU -->','<!-- gpu: end -->'
 
 def write(path, rows, device, seconds):
-    "Replace what stands below the marker in the file"
-    head = path.read_text().split(marker)[0]
+    "Replace what stands below the marker in the file, or for a GPU what is between its own"
     run = made_on(device, f', {seconds/60:.0f} minutes.')
+    if device!='cpu': return write_between(path, *gpu_markers, f'{run}\n\n{table(rows)}')
+    head = path.read_text().split(marker)[0]
     path.write_text(f'{head}{marker}\n\n## The last full run\n\n{run}\n\n{table(rows)}\n')
 
 def made_on(device='cpu', more=''):

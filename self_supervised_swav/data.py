@@ -319,21 +319,24 @@ def image_data_block(
 _worker_seconds,_image_seconds,_byte_seconds = .05,1.2e-3,1e-8  # to start a loader; to read an image; to decode a byte
 
 def n_loaders(
-    files, # Image files, or shards
+    files, # Image files, or images of shards
     most:int|None=None # At most (default: one for each core, up to 16)
-)->int: # 0: it is not worth to start one
-    "Processes that read `files` soonest: each takes its time to start, in every epoch, and the work is shared"
+)->int: # From 0: it is not worth to start one
+    """Processes that read `files` soonest: each takes its time to start, in every epoch, and they share the work
+
+    The work is estimated by the sizes of some files. As many as allowed read images of shards."""
     most = min(16, n_cores()) if most is None else most
-    if isinstance(files, Shards) or not len(files) or not all(isinstance(o, (str,Path)) for o in files): return most
+    if not len(files): return 0
+    if not isinstance(files[0], (str,Path)): return most
     some = files[::math.ceil(len(files)/256)]
-    n_bytes = sum(os.path.getsize(o) for o in some)/len(some)
+    n_bytes = sum(os.path.getsize(o) for o in some if os.path.exists(o))/len(some)
     work = len(files)*(_image_seconds + _byte_seconds*n_bytes)
     return min(most, round(math.sqrt(work/_worker_seconds)))  # the least of work/n + n*start
 
 def workers_of_parts(files, splits, num_workers=None):
     "Arguments of `DataBlock.dataloaders`: how many processes load each part"
-    if num_workers is None: parts = [n_loaders([files[i] for i in part]) for part in splits]
-    else: parts = [num_workers]*len(splits)
+    own = num_workers is None and isinstance(files[0], (str,Path))
+    parts = [n_loaders([files[i] for i in part]) if own else num_workers for part in splits]
     return dict(num_workers=parts[0], dl_kwargs=[dict(num_workers=o) for o in parts])
 
 # %% ../nbs/30_data.ipynb #9ac60b9d

@@ -414,7 +414,7 @@ class FusedAugment(K.GeometricAugmentationBase2D):
     max_window_pixels = 2**26 # of the windows in work at a time, if those of one crop of each image are no more
 
     def _cut_windows(self, x, table):
-        "Some crops of every image at a time, from windows that hold any box: a GPU waits longer for small tasks to begin"
+        "Some crops of every image at a time, from windows that hold any box: small tasks would keep a GPU waiting"
         n = self.max_window_pixels//(x[:,:,0,0].numel()*math.prod(self._largest(x)))
         for some in table.split(max(1, n)*len(x)): yield self._cut_alike(x, some)
 

@@ -213,6 +213,11 @@ def test_device_path(size, scale, photos):
     table = aug._table(aug.draw(photos.shape, 3), 3)
     each,batch = (torch.cat([o.clone() for o in f(photos, table)]) for f in (aug._cut_boxes, aug._cut_windows))
     assert (each-batch).abs().max() < resize_rounding(384)
+    # all crops at once, or those of one view after the other
+    aug.max_window_pixels = 1
+    views = list(aug._cut_windows(photos, table))
+    assert [len(o) for o in views]==[len(photos)]*3
+    assert (torch.cat(views)-batch).abs().max() < resize_rounding(384)
 
 def test_antialias():
     """Crops of large photographs against Pillow: below 1.5 levels of 255 at worst (Pillow rounds twice), 0.5 on

@@ -91,6 +91,11 @@ def test_table_and_readme(tmp_path):
     for _ in range(2): harness.write(readme, rows, 'cpu', 61)
     text = readme.read_text()
     assert text.count('## The last full run')==1 and text.endswith(lines[-1]+'\n') and text.startswith('# Benchmarks')
+    # those of a GPU are kept apart
+    harness.write(readme, rows, 'cuda', 61)
+    head,rest = readme.read_text().split(harness.gpu_markers[0])
+    gpu,tail = rest.split(harness.gpu_markers[1])
+    assert lines[-1] in gpu and 'H100' not in gpu and text.startswith(head) and text.endswith(tail)
 
 def test_command_refuses_to_keep_part_of_a_run(capsys):
     for args in (['--quick','--write'], ['--only','loss','--write'], ['--only','nothing']):

@@ -1,14 +1,19 @@
 "From labels to a classifier: honest folds, errors that name what is wrong, and the same answers from every file"
 import csv, json
+from collections import Counter
+from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.learner import load_learner
 from hypothesis import given, strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from self_supervised_swav import data, finetune as finetune_module
+from self_supervised_swav.args import FinetuneArgs
 from self_supervised_swav.checkpoints import load_encoder, save_encoder
 from self_supervised_swav.finetune import (_label_folds, count_chosen, finetune_labels, fit_temperature, labeled_files,
                                            predict_images, wilson_interval)
+from self_supervised_swav.images import read_image
 from self_supervised_swav.select import write_labels
 from helpers import small_encoder
 
@@ -62,6 +67,27 @@ def test_whole_way(photos, tmp_path, method):
     # the encoder's file is one that everything else reads
     assert load_encoder(tmp_path/'c'/'encoder.safetensors')(torch.rand(2,1,16,16)).shape==(2,16)
     assert json.loads((tmp_path/'c'/'classifier.json').read_text())['classes']==sorted(kinds)
+
+@pytest.mark.parametrize('in_memory', [True,False])
+def test_images_are_opened_once(photos, tmp_path, monkeypatch, in_memory):
+    "An image is looked at, read for its features, and read once more for all epochs; some are for the export"
+    opened = Counter()
+    def count(file, *args, **kwargs):
+        opened[Path(file).name] += 1
+        return read_image(file, *args, **kwargs)
+    monkeypatch.setattr(data, 'read_image', count)
+    if not in_memory: monkeypatch.setattr(finetune_module, '_max_bytes', 0)
+    result = finetune(photos, tmp_path/'c', method='finetune', epochs=4)
+    assert result.n==45 and (sorted(opened.values())[len(opened)//2]<=3)==in_memory
+
+def test_large_images_are_shrunk(photos, tmp_path):
+    "What is kept of a large image just covers the size of the encoder"
+    root,_ = photos
+    Image.fromarray(np.zeros((90,60,3), np.uint8)).save(tmp_path/'a.png')
+    args = FinetuneArgs(str(root/'encoder.safetensors'), 'labels.csv', out='c', **quick)
+    tuner = finetune_module._Tuner(args, [tmp_path/'a.png', root/'images'/'b'/'000.png'], torch.tensor([0,1]),
+                                   ['a','b'])
+    assert [o.size for o in tuner.images]==[(16,24),(16,16)]
 
 def test_better_one_is_kept(photos, tmp_path):
     result = finetune(photos, tmp_path/'c', epochs=2)
