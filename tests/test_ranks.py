@@ -13,6 +13,7 @@ from torch.distributed.run import get_args_parser
 from self_supervised_swav import cli, runs
 from self_supervised_swav.checkpoints import save_encoder
 from self_supervised_swav.encoders import create_encoder
+from self_supervised_swav.ranks import check_rank_device
 
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # as the command does before it imports torch
 ctx = mp.get_context('forkserver')
@@ -258,6 +259,18 @@ def test_files_for_clusters():
         assert args.module and args.training_script=='self_supervised_swav'
         given = cli.create_parser('pretrain').parse_args(args.training_script_args)
         assert given.bs==4096 and given.num_workers==7
+
+# --- GPUs, without any -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize('device,n_gpus,fits', [(None,1,False), ('cuda',1,False), ('cuda',2,True), ('cpu',1,True),
+                                                (None,0,True)])
+def test_a_gpu_for_each_rank(monkeypatch, device, n_gpus, fits):
+    "Else nccl would say: duplicate GPU"
+    for k,v in dict(RANK='0', WORLD_SIZE='2', LOCAL_WORLD_SIZE='2').items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: n_gpus>0)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: n_gpus)
+    if fits: return check_rank_device(device)
+    with pytest.raises(ValueError, match=r"device must be 'cpu' for 2 processes on a machine with 1 GPU\(s\)"):
+        check_rank_device(device)
 
 # --- torchrun itself --------------------------------------------------------------------------------------------------
 def _swav(*args, **kwargs):
