@@ -86,8 +86,17 @@ def _in_set_words(text):
     return said+try_+re.sub(rf"(?<![\w.-])({'|'.join(sorted(names))})=(?=\S)", r'--set \1=', advice)
 
 def _without_event(text):
-    "An error's own words: fastai puts the callback and the event before them"
-    return re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', text)
+    "An error's own words: fastai puts the callback and the event before them, a loader process its traceback"
+    text = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', text)
+    if not re.match(r'Caught \w+ in DataLoader worker process', text): return text
+    return re.split(r'^\w[\w.]*(?:Error|Exception): ', text, flags=re.M)[-1].strip()
+
+def _is_lost_loader(e):
+    return type(e) is RuntimeError and re.match(r'DataLoader worker \(pid.*\) (exited|is killed)', str(e))
+
+def _is_fault(e):
+    "Is it one of the machine, after which the same run can go on?"
+    return isinstance(e, OSError) or 'is not a readable image' in str(e)
 
 def _n_ranks(): return int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.environ else 1
 def _rank(): return int(os.environ['RANK']) if _n_ranks()>1 else 0
@@ -109,6 +118,7 @@ def exit_codes(
             text,rank = in_options(_without_event(str(e)), cls),_rank()
             said = f'{command}: {text or "stopped"}' if stopped else f'{command}: error: {text}'
             if rank and not stopped: said = f'rank {rank}: {said}'
+            if again := getattr(e, 'again', None): said += f'\n{command}: continue after that with: {again}'
             if not (rank and stopped or getattr(e, 'told', False)): print(said, file=sys.stderr, flush=True)
             raise SystemExit(128+getattr(e, 'signum', signal.SIGINT) if stopped else 2) from None
         finally: warnings.formatwarning = old
@@ -131,14 +141,24 @@ def pretrain(args):
     from self_supervised_swav.runs import PretrainRun
     run = PretrainRun(args)
     print(run, flush=True)
-    try: run.fit()
-    except KeyboardInterrupt as e:
+    def again():
+        "The command that goes on, if there is a checkpoint"
         more = ['--extend', str(args.extend)] if args.extend and run.is_finished else []
         if args.gpus: more += ['--gpus', str(args.gpus)]
-        again = shlex.join(['swav', 'pretrain', args.source, '--out', str(run.out), '--resume', *more])
-        if _n_ranks()>1 and not args.gpus: again = f"torchrun ... -m self_supervised_{again}"
-        if (run.out/'last.pth').exists(): e.args = (f"stopped; continue with: {again}",)
+        text = shlex.join(['swav', 'pretrain', args.source, '--out', str(run.out), '--resume', *more])
+        if _n_ranks()>1 and not args.gpus: text = f"torchrun ... -m self_supervised_{text}"
+        return text if (run.out/'last.pth').exists() else None
+    try: run.fit()
+    except KeyboardInterrupt as e:
+        if text := again(): e.args = (f"stopped; continue with: {text}",)
         raise
+    except Exception as e:
+        if _is_lost_loader(e):
+            e = OSError("a process that loads images was ended by the system, most often because memory is short: "
+                        "try --num-workers 1, or smaller images (swav prepare)")
+        elif _is_fault(e) and not isinstance(e, OSError): e = OSError(_without_event(str(e)))  # of a loader process
+        if _is_fault(e): e.again = again()
+        raise e
     if _rank()==0: print(f'\nWrote {run.out}: ' + ', '.join(sorted(o.name for o in run.out.iterdir() if o.is_file())))
 
 # %% ../nbs/49_cli.ipynb #bbc72ce4

@@ -6,7 +6,7 @@
 __all__ = ['Picture', 'Method', 'methods', 'MultiView', 'method_of', 'register_method', 'method_named']
 
 # %% ../nbs/20_multiview.ipynb #a63beddf
-import inspect, re
+import inspect, re, warnings
 from collections import namedtuple
 from importlib import import_module
 from importlib.util import find_spec
@@ -114,6 +114,10 @@ class MultiView(Callback):
         self._restore_loss()
         self.images = None
     after_batch = after_cancel_batch = after_fit = _end_batch
+
+    def after_train(self):
+        skipped = getattr(self.dls, 'skipped', None)
+        if text := skipped and skipped.news(): warnings.warn(text, stacklevel=2)
 
     def after_validate(self):
         if self._whole_images: self._replace_loss(_NoLabels(self.name))

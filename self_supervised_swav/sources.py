@@ -14,8 +14,8 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import parent_label
 from .collectives import world
 from .data import (digits_dls, fashion_mnist_dls, find_copies, fit_bs, image_block,
-                                       image_data_block, list_images, look_at_images, random_split, resize, split_bad,
-                                       workers_of_parts)
+                                       image_data_block, list_images, look_at_images, random_split, resize,
+                                       skip_unreadable, split_bad, workers_of_parts)
 from .images import check_color_name, check_window, count_of, image_info
 from .ranks import check_same_files
 from .shards import is_address, is_shards, open_shards
@@ -145,6 +145,7 @@ class ImageSource:
         dls = dblock.dataloaders(items, bs=fit_bs(bs, len(self.splits[0])), device=device,
                                  **workers_of_parts(self.files, self.splits, num_workers))
         dls.image_settings = dict(window=self.window, background=self.background)
+        dls.skipped = skip_unreadable(block, self.files) if self.skip_bad else None
         return dls
 
     def _own_dls(self, size, n_in, kwargs):
