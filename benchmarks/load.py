@@ -150,9 +150,11 @@ def pieces(out, s, todo=True):
 
 def mb(n): return f'{n/2**20:,.0f} MiB'
 
+tick = 1/os.sysconf('SC_CLK_TCK')  # seconds of processor time are counted in
+
 def rows(found):
     "The table, of the pieces that there are"
-    def speed(n, r): return f"{n/r['cpu']:,.0f} / {n/r['secs']:,.0f}"
+    def speed(n, r): return f"{n/max(r['cpu'], tick):,.0f} / {n/r['secs']:,.0f}"
     for name,r in found:
         if r is None: continue
         if name.startswith('prepare'):

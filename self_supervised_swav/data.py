@@ -451,7 +451,7 @@ class TensorImages:
             raise ValueError(f"y must hold one class for each of {len(x)} images, got shape {tuple(y.shape)}")
         if y is not None and not isinstance(vocab, CategoryMap):
             vocab = CategoryMap(range(int(y.max())+1) if vocab is None else vocab, sort=False)
-        store_attr()
+        self.x,self.y,self.vocab = x,y,vocab
         self.loss_func = no_targets if y is None else CrossEntropyLossFlat()
         if y is not None: self.c = len(vocab)
 

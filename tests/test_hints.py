@@ -1,5 +1,7 @@
 "The types that signatures promise are those that the code takes: nothing but the hints is read here"
-import importlib, inspect, pkgutil, types, typing
+import importlib, inspect, pkgutil, re, types, typing
+from collections import Counter
+from pathlib import Path
 import pytest
 import self_supervised_swav
 
@@ -41,3 +43,9 @@ def test_checker():
     def f(a:int=None, b:int|None=None, c:float=1, d:str|list='x', e:tuple=[], g=None, h:list[int]=(),
           i:typing.Callable=len): pass
     assert [o.split(':')[0] for o in wrong_defaults(f)]==['a','e','h']
+
+def test_every_public_name_is_used_with_its_types():
+    "What mypy reads (tests/typed_usage.py) calls each name of `all`"
+    used = Counter(re.findall(r'\w+', (Path(__file__).parent/'typed_usage.py').read_text()))
+    names = importlib.import_module('self_supervised_swav.all').__all__
+    assert not [o for o in names if used[o]<2]  # imported, and called
