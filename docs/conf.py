@@ -17,6 +17,7 @@ myst_all_links_external = True  # the converter has written them as addresses
 # a section of one notebook may start deeper than that of another
 suppress_warnings = ['myst.header', 'config.cache']
 
+smartquotes_action = 'qe'  # quotes and ellipses; two hyphens begin an option
 html_theme = 'furo'
 html_title = project
 html_static_path = ['_static']

@@ -42,6 +42,9 @@ def folder_features(
         features,files = folder_features('runs/photos', 'photos')
     """
     path = find_encoder(run)
+    if isinstance(folder, (str,Path)) and is_shards(folder):
+        raise ValueError(f"folder must be a folder of image files here, got shards ({folder}): pretrain, embed and "
+                         "evaluate read them")
     if isinstance(folder, (str,Path)) and not Path(folder).is_dir():
         raise ValueError(f"folder must be a folder of images, {folder} is none")
     settings = encoder_settings(path)

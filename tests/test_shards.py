@@ -472,8 +472,9 @@ def test_commands(tmp_path, command, monkeypatch):
     code,out,err = command('evaluate', run, source, '--epochs', '0', '--seeds', '1', '--labels', '2', '--k', '3',
                            '--num-workers', '0', '--device', 'cpu')
     assert code==0 and 'accuracy on 9 held-out images' in out, err
-    code,out,err = command('explore', run, source)
-    assert code==2 and 'folder must be a folder of images' in err
+    for name,out in (('explore','x.html'), ('sort','x'), ('select','x.csv'), ('label','x.html')):
+        code,_,err = command(name, run, source, '-o', tmp_path/out)
+        assert code==2 and 'folder must be a folder of image files here, got shards' in err, err
 
 def test_half_written_shards_at_the_command_line(tmp_path, command):
     source = shapes(tmp_path/'data')
