@@ -263,7 +263,7 @@ class ExploreArgs(GroupArgs):
 
 # %% ../nbs/17_args.ipynb #a17c0001
 def _check_choice(method):
-    check_arg('method', method, lambda o: o in ('typical','coverage','random'), "'typical', 'coverage' or 'random'")
+    check_arg('method', method, lambda o: o in ('coverage','typical','random'), "'coverage', 'typical' or 'random'")
 
 @dataclass
 class SelectArgs(ImageArgs):
@@ -271,8 +271,8 @@ class SelectArgs(ImageArgs):
     run:str # Folder of a run, or the file of its encoder
     folder:str # Folder of images, searched recursively
     n:int = option(50, short='n', flag='number', metavar='N') # Images to select
-    # How: typical images of different groups, images that cover the others, or random ones: typical, coverage, random
-    method:str = option('typical', metavar='NAME')
+    # How: images that cover the others, typical images of different groups, or random ones: coverage, typical, random
+    method:str = option('coverage', metavar='NAME')
     # Labels that exist already, a file with the columns file and class: the selection goes on from there
     labels:str = option(metavar='FILE')
     seed:int = option(42, metavar='N') # Seed of the selection
@@ -291,9 +291,9 @@ class LabelArgs(ImageArgs):
     run:str # Folder of a run, or the file of its encoder
     folder:str # Folder of images, searched recursively
     n:int = option(50, short='n', flag='number', metavar='N') # Images to label, at most 5,000
-    # How they are chosen: typical images of different groups, images that cover the others, or random ones: typical,
-    # coverage, random
-    method:str = option('typical', metavar='NAME')
+    # How they are chosen: images that cover the others, typical images of different groups, or random ones:
+    # coverage, typical, random
+    method:str = option('coverage', metavar='NAME')
     # Instead of a choice: the first images of this file, which has a column file, such as predictions.csv of
     # swav predict, where the least certain come first
     files:str = option(metavar='FILE')

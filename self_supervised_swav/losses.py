@@ -71,18 +71,19 @@ def _sum_of_rows(scores, codes, grad, assign_ids, temp, safe, scale):
     "The cross entropies of some images, added; `safe`: plain exponentials of the scores stay in range"
     target,mass = codes.sum(0),codes.sum(2)
     weight = mass.sum(0).repeat(len(scores), 1)  # m_v of every crop
-    cross = torch.bmm(target[:,None], scores.permute(1, 2, 0))[:,0].T
-    for v,m,q in zip(assign_ids, mass, codes):
+    x,q_by,t_by = scores,codes,target
+    if not safe:  # half of the way up to the largest score, which is never too far for a float; nor are its products
+        x = torch.addcmul(scores.amax(2, keepdim=True).mul_(-.5), scores, scores.new_ones(()), value=.5, out=grad)
+        q_by,t_by = codes*(2/temp),target*(2/temp)
+    cross = torch.bmm(t_by[:,None], x.permute(1, 2, 0))[:,0].T
+    for v,m,q in zip(assign_ids, mass, q_by):
         weight[v] -= m
-        cross[v] -= torch.linalg.vecdot(q, scores[v])
+        cross[v] -= torch.linalg.vecdot(q, x[v])
     # p: the exponentials, in the gradient's memory if there is one
     if safe: p = torch.mul(scores, 1/(temp*_ln2), out=grad).exp2_()
-    else:
-        top = scores.amax(2)
-        p = torch.sub(scores, top[...,None], out=grad).mul_(1/(temp*_ln2)).exp2_()
-        cross.addcmul_(weight, top, value=-1)
+    else: p = x.mul_(2/(temp*_ln2)).exp2_()
     norm = p.sum(2)
-    loss = (weight*norm.log()).sub_(cross, alpha=1/temp).sum()
+    loss = (weight*norm.log()).sub_(cross, alpha=1/temp if safe else 1).sum()
     if grad is not None:  # p becomes the gradient, in place; target and weight are not needed any more
         c = scale/temp
         torch.addcmul(target.mul_(-c), p, (weight.mul_(c)/norm)[...,None], out=p)

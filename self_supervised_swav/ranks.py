@@ -328,6 +328,8 @@ def launch(
     "Start `n` ranks on this machine, and wait for them"
     n_gpus = 0 if _backend(device)=='gloo' else torch.cuda.device_count()
     if 0<n_gpus<n: raise ValueError(f"gpus must be at most the {n_gpus} of this machine, got {n}")
+    most = max(8, os.cpu_count() or 1)
+    if not n_gpus and n>most: raise ValueError(f"gpus must be at most {most} on this machine without a GPU, got {n}")
     if not n_gpus: print(f"no GPU is used: {n} processes share the processor, with gloo", file=sys.stderr, flush=True)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//n)))
     # seconds that ranks have for their last checkpoint; not as an option, which torch 2.11 does not have

@@ -34,12 +34,12 @@ parser_of = cache(cli.create_parser)              # the comments of the argument
 
 @fuzz(150, argv=command_lines())
 def test_command_lines(argv):
-    given,(cls,run) = [],commands[argv[0]]
+    given,(cls,run),start = [],commands[argv[0]],cli._start_ranks
     commands[argv[0]] = cls,given.append
-    cli.create_parser = parser_of
+    cli.create_parser,cli._start_ranks = parser_of,lambda argv, args: given.append(args) or 0
     try: code = cli.main(argv)
     except SystemExit as e: code = e.code
-    finally: commands[argv[0]],cli.create_parser = (cls,run),parser_of.__wrapped__
+    finally: commands[argv[0]],cli.create_parser,cli._start_ranks = (cls,run),parser_of.__wrapped__,start
     assert code==(0 if given else 2)
     for args in given:
         for f in fields(args):

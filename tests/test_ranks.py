@@ -272,6 +272,10 @@ def test_a_gpu_for_each_rank(monkeypatch, device, n_gpus, fits):
     with pytest.raises(ValueError, match=r"device must be 'cpu' for 2 processes on a machine with 1 GPU\(s\)"):
         check_rank_device(device)
 
+def test_more_processes_than_the_processor_can_share(command, photos, tmp_path):
+    code,_,err = command('pretrain', photos, '--gpus', 4000, '--device', 'cpu', '--out', tmp_path/'run')
+    assert code==2 and '--gpus must be at most' in err and 'without a GPU, got 4000' in err
+
 # --- torchrun itself --------------------------------------------------------------------------------------------------
 def _swav(*args, **kwargs):
     env = os.environ|dict(OMP_NUM_THREADS='1', PYTHONPATH=str(docs.parent))

@@ -14,7 +14,7 @@ def clouds(sizes=(100,60,40), d=8, seed=0):
 
 def test_typical_is_the_definition():
     x,y = clouds()
-    idxs = select_to_label(x, 3)
+    idxs = select_to_label(x, 3, 'typical')
     assert y[idxs].tolist()==[0,1,2]                       # one of each, the largest group first
     u = F.normalize(x, dim=1).double()
     for i in idxs.tolist():
@@ -26,7 +26,7 @@ def test_typical_is_the_definition():
 def test_typical_goes_where_labels_are_missing():
     x,y = clouds()
     labeled = (y==0).nonzero()[:5,0].tolist()+(y==2).nonzero()[:2,0].tolist()
-    idxs = select_to_label(x, 1, labeled=labeled)
+    idxs = select_to_label(x, 1, 'typical', labeled)
     assert y[idxs].tolist()==[1] and not set(idxs.tolist()) & set(labeled)
 
 @pytest.mark.parametrize('seed', range(5))
