@@ -155,12 +155,13 @@ class _InfoNCE(torch.autograd.Function):
 def _info_nce_pair(q, k, queue, temp, scale, grad):
     "Sum of the losses of queries (B,d) with their keys (B,d) and negatives (K,d); adds to `grad` (B,d)"
     blocks = queue.split(_block_length(len(q), q.device))
+    to_bits = 1/(temp*_ln2)
     top = None if 1/temp<=max_exponent else torch.stack([torch.mm(q, o.T).amax(1)
-                                                          for o in blocks]).amax(0).div_(temp*_ln2)
+                                                          for o in blocks]).amax(0).mul_(to_bits)
     positive = torch.linalg.vecdot(q, k).div_(temp)
     n,pull = q.new_zeros(len(q)),torch.zeros_like(q)  # sums over negatives of e, and of e k
     for block in blocks:
-        e = torch.mm(q, block.T).mul_(1/(temp*_ln2))
+        e = torch.mm(q, block.T).mul_(to_bits)  # as `top`: of large numbers another rounding is a large difference
         log_scale = _exponentiate(e, temp, top)
         n += e.sum(1)
         if grad is not None: pull.addmm_(e, block)
