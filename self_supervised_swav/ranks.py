@@ -332,14 +332,15 @@ def launch(
     if not n_gpus and n>most: raise ValueError(f"gpus must be at most {most} on this machine without a GPU, got {n}")
     if not n_gpus: print(f"no GPU is used: {n} processes share the processor, with gloo", file=sys.stderr, flush=True)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//n)))
-    # seconds that ranks have for their last checkpoint; not as an option, which torch 2.11 does not have
-    os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '120')
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     logging.disable(logging.ERROR)  # the ranks say themselves what is wrong
-    args = run.get_args_parser().parse_args([
-        '--standalone', '--nproc-per-node', str(n), '--max-restarts', str(max_restarts),
+    parser = run.get_args_parser()
+    # seconds that ranks have for their last checkpoint; older versions, such as 2.11, give them 30, without an option
+    patient = ['--shutdown-timeout','120'] if '--shutdown-timeout' in parser.format_usage() else []
+    args = parser.parse_args([
+        '--standalone', '--nproc-per-node', str(n), '--max-restarts', str(max_restarts), *patient,
         '-m', 'self_supervised_swav', *map(str, argv)])
     try: run.run(args)
     except SignalException as e: return 128+e.sigval

@@ -640,15 +640,17 @@ def test_kill(tmp_path):
         assert not [k for k in want if got[k] != want[k]]
 
 class Steps(Callback):
-    "Writes the number of steps to a file as they are done"
+    "Adds the number of steps to a file as they are done: a file that is written anew is empty for a moment"
     order,watches_only = -100,True
     def __init__(self, path): self.path = path
     def after_batch(self):
-        if self.training: self.path.write_text(f'{self.learn.train_iter}')
+        if self.training:
+            with open(self.path, 'a') as f: f.write(f'{self.learn.train_iter}\n')
 
 def run_moco(path, out, every=2):
     "MoCo with its queue, momentum encoder, schedule and monitor, and a checkpoint after every other step"
     torch.set_num_threads(1)
+    seed_all()  # Python seeds `random` anew after a fork, and the DataLoaders draw their own seed from it
     cbs = [ResumeTraining(path, every=every), Steps(Path(f'{path}.steps'))]
     learn = method_learner('mocov2', cbs=cbs, monitor=True, K=32, dls=digits(100))
     with open(os.devnull, 'w') as null, warnings.catch_warnings():
@@ -678,7 +680,7 @@ def test_kill_moco(tmp_path, n_kills):
         time.sleep(rnd.uniform(0, t/8))
         if p.poll() is None:
             p.kill(); p.wait()
-            done,kept = int(steps.read_text() or 0),fit_progress(path)
+            done,kept = max([0,*map(int, steps.read_text().split('\n')[:-1])]),fit_progress(path)
             lost.append(done-(0 if kept is None else 5*kept.epoch+kept.batch))
         else:                                                       # it was done before it was killed: from the start
             assert p.poll()==0

@@ -13,10 +13,10 @@ OUT=runs/photos
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 RESUME=()
 if [ -e "$OUT/last.pth" ]; then RESUME=(--resume); fi
-export OMP_NUM_THREADS=2 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120
+export OMP_NUM_THREADS=2
 
 srun --kill-on-bad-exit=1 torchrun \
-    --nnodes="$SLURM_NNODES" --nproc-per-node=8 --max-restarts=3 \
+    --nnodes="$SLURM_NNODES" --nproc-per-node=8 --max-restarts=3 --shutdown-timeout=120 \
     --rdzv-backend=c10d --rdzv-endpoint="$HOST:29500" --rdzv-id="$SLURM_JOB_ID" \
     -m self_supervised_swav pretrain photos --out "$OUT" --bs 4096 --num-workers 7 "${RESUME[@]}" &
 STEP=$!
