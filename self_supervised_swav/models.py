@@ -20,6 +20,8 @@ from .sinkhorn import no_autocast
 def _check_sizes(**sizes):
     for name,v in sizes.items():
         if not isinstance(v, int) or v < 1: raise ValueError(f"{name} must be a positive whole number, got {v!r}")
+        most = 100 if name=='nlayers' else 1_000_000  # what is far more fills the memory before anything is said
+        if v > most: raise ValueError(f"{name} must be at most {most:,}, got {v}")
 
 def create_mlp_module(
     dim_in:int, # Width of the input

@@ -1,7 +1,7 @@
 "Command lines and settings of any text: taken, or refused in one line that names the argument"
 import math, warnings
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from hypothesis import strategies as st
 from fuzz import called, fuzz
 import self_supervised_swav.all  # noqa: F401 (registers all methods)
@@ -69,4 +69,4 @@ def test_settings(o):
     encoder,given = parsed
     if {'dls','arch','method','encoder','init','bs','image_size','n_in'}&set(given): return   # those of the command
     names = [*given, *encoder, 'encoder', method, *(o for names in setting_groups(method).values() for o in names)]
-    called(check_settings, 'resnet18', method, quick | encoder, 32, **given, names=names)
+    called(partial(check_settings, 'resnet18', method, quick | encoder, 32, **given), names=names)

@@ -279,6 +279,8 @@ class Wrong(nn.Module):
     (ValueError, 'hidden_size must be a positive whole number, got 0', nn.Flatten(), dict(hidden_size=0)),
     (ValueError, 'projection_size must be a positive whole number, got -1', nn.Flatten(), dict(projection_size=-1)),
     (ValueError, 'n_protos must be a positive whole number, got 2.5', nn.Flatten(), dict(n_protos=2.5)),
+    (ValueError, 'n_protos must be at most 1,000,000, got 2147483648', nn.Flatten(), dict(n_protos=2**31)),
+    (ValueError, 'nlayers must be at most 100, got 5000', nn.Flatten(), dict(nlayers=5000)),
     (ValueError, 'nlayers must be a positive whole number, got 0', nn.Flatten(), dict(nlayers=0)),
 ])
 def test_errors(error, match, encoder, kwargs):
