@@ -302,7 +302,11 @@ def joined(
     check_rank_device(device)
     backend = _backend(device)
     if backend!='gloo': torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    dist.init_process_group(backend, timeout=timedelta(seconds=longest))
+    timeout = timedelta(seconds=longest)
+    store,rank,size = next(dist.rendezvous('env://', timeout=timeout))
+    # torchrun keeps the store of a single machine when it starts ranks again, with the addresses of those that are gone
+    if os.environ.get('GROUP_WORLD_SIZE', '1')=='1': store = dist.PrefixStore(f'attempt-{launch_attempt()}', store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     wishes.clear()
     name = gather_json(uuid.uuid4().hex, world())[0]
     watch = Watch(dist.PrefixStore(f'swav/{name}', _own_store()), rank_here(), dist.get_world_size(), patience, silence)
