@@ -190,8 +190,9 @@ def share_rows(method='simclr', rounds=3, n=2, device='cpu', **setting):
 def gpu_rows(rounds=3, n=5, device='cuda', **setting):
     "Where the time of a large step goes on a GPU, in bfloat16 and channels_last"
     cbs = [ChannelsLast(),MixedPrecision(amp_mode='bf16')]
-    run = our_step(images=batch(photographs(setting['bs'])), device=device, cbs=cbs, **setting)
-    peer = lightly_step(images=photographs(setting['bs']), device=device, workers=0, fast=True, **setting)
+    photos = photographs(setting['bs'])
+    run = our_step(images=batch(photos), device=device, cbs=cbs, **setting)
+    peer = lightly_step(images=photos, device=device, workers=0, fast=True, **setting)
     both = race_steps({'this package': run, 'lightly': peer}, rounds, n)
     times = both['this package']
     size = _size(**setting)+', bfloat16, channels_last'

@@ -85,18 +85,20 @@ def _in_set_words(text):
     names = {o for method in methods for group in setting_groups(method).values() for o in group}
     return said+try_+re.sub(rf"(?<![\w.-])({'|'.join(sorted(names))})=(?=\S)", r'--set \1=', advice)
 
-def _without_event(text):
+_lost_loader = re.compile(r'DataLoader worker \(pid.*\) (exited|is killed)')
+
+def _own_words(text):
     "An error's own words: fastai puts the callback and the event before them, a loader process its traceback"
     text = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', text)
+    if _lost_loader.match(text):
+        return ("a process that loads images was ended by the system, most often because memory is short: try "
+                "--num-workers 1, or smaller images (swav prepare)")
     if not re.match(r'Caught \w+ in DataLoader worker process', text): return text
     return re.split(r'^\w[\w.]*(?:Error|Exception): ', text, flags=re.M)[-1].strip()
 
-def _is_lost_loader(e):
-    return type(e) is RuntimeError and re.match(r'DataLoader worker \(pid.*\) (exited|is killed)', str(e))
-
 def _is_fault(e):
-    "Is it one of the machine, after which the same run can go on?"
-    return isinstance(e, OSError) or 'is not a readable image' in str(e)
+    "Is it one of the machine, after which the same command can go on?"
+    return isinstance(e, OSError) or 'is not a readable image' in str(e) or _lost_loader.match(str(e))
 
 def _n_ranks(): return int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.environ else 1
 def _rank(): return int(os.environ['RANK']) if _n_ranks()>1 else 0
@@ -114,8 +116,8 @@ def exit_codes(
         try: yield
         except (Exception,KeyboardInterrupt) as e:
             stopped = isinstance(e, KeyboardInterrupt)
-            if not (stopped or is_foreseen(e)): raise
-            text,rank = in_options(_without_event(str(e)), cls),_rank()
+            if not (stopped or is_foreseen(e) or _is_fault(e)): raise
+            text,rank = in_options(_own_words(str(e)), cls),_rank()
             said = f'{command}: {text or "stopped"}' if stopped else f'{command}: error: {text}'
             if rank and not stopped: said = f'rank {rank}: {said}'
             if again := getattr(e, 'again', None): said += f'\n{command}: continue after that with: {again}'
@@ -153,12 +155,8 @@ def pretrain(args):
         if text := again(): e.args = (f"stopped; continue with: {text}",)
         raise
     except Exception as e:
-        if _is_lost_loader(e):
-            e = OSError("a process that loads images was ended by the system, most often because memory is short: "
-                        "try --num-workers 1, or smaller images (swav prepare)")
-        elif _is_fault(e) and not isinstance(e, OSError): e = OSError(_without_event(str(e)))  # of a loader process
         if _is_fault(e): e.again = again()
-        raise e
+        raise
     if _rank()==0: print(f'\nWrote {run.out}: ' + ', '.join(sorted(o.name for o in run.out.iterdir() if o.is_file())))
 
 # %% ../nbs/49_cli.ipynb #bbc72ce4

@@ -77,12 +77,12 @@ class Skipped:
         for o in files:
             try: self.last = read(o)
             except Exception: continue
-            return self
+            return
 
     def news(self):
         "What has been skipped since the last time that somebody asked; None: nothing"
-        n,self.told = int(self.counts.sum())-self.told,int(self.counts.sum())
-        if n: return (f"{count_of(n, 'image')} could not be read in this epoch, such as "
+        before,self.told = self.told,int(self.counts.sum())
+        if n := self.told-before: return (f"{count_of(n, 'image')} could not be read in this epoch, such as "
                       f"{os.fsdecode(bytes(self.name[self.name>0].tolist()))}: others were taken in their place")
 
 class _Open(Transform):
@@ -358,15 +358,14 @@ def image_data_block(
 _worker_seconds,_image_seconds,_byte_seconds = .05,1.2e-3,1e-8  # to start a loader; to read an image; to decode a byte
 
 def n_loaders(
-    files, # Image files, or images of shards
+    files, # Image files
     most:int|None=None # At most (default: one for each core, up to 16)
 )->int: # From 0: it is not worth to start one
     """Processes that read `files` soonest: each takes its time to start, in every epoch, and they share the work
 
-    The work is estimated by the sizes of some files. As many as allowed read images of shards."""
+    The work is estimated by the sizes of some files."""
     most = min(16, n_cores()) if most is None else most
     if not len(files): return 0
-    if not isinstance(files[0], (str,Path)): return most
     some = files[::math.ceil(len(files)/256)]
     n_bytes = sum(os.path.getsize(o) for o in some if os.path.exists(o))/len(some)
     work = len(files)*(_image_seconds + _byte_seconds*n_bytes)
@@ -383,7 +382,7 @@ def skip_unreadable(
     return opened.skipped
 
 def workers_of_parts(files, splits, num_workers=None):
-    "Arguments of `DataBlock.dataloaders`: how many processes load each part"
+    "Arguments of `DataBlock.dataloaders`: how many processes load each part; for shards it decides itself"
     own = num_workers is None and isinstance(files[0], (str,Path))
     parts = [n_loaders([files[i] for i in part]) if own else num_workers for part in splits]
     return dict(num_workers=parts[0], dl_kwargs=[dict(num_workers=o) for o in parts])

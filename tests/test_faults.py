@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from helpers import tiny_run
-from self_supervised_swav import files
+from self_supervised_swav import cli, files
 from self_supervised_swav.checkpoints import load_encoder
 from self_supervised_swav.data import Skipped, swav_dls
 
@@ -48,9 +48,13 @@ def test_names_of_skipped_images():
     assert s.open('b\n\udcff.png', read)=='image'
     assert 'such as b' in s.news() and '\n' not in s.name.numpy().tobytes().decode()
 
-def run_of(command, photos, out, *args):
-    return command('pretrain', photos, '--out', out, '--device', 'cpu', '--num-workers', 0, '--bs', 8, '--epochs', 3,
-                   '--no-knn', '--every', 2, *args, *tiny_run)
+def arguments(photos, out, num_workers=0):
+    "Of a run of three epochs; the rest of them are in its settings"
+    return 'pretrain', photos, '--out', out, '--device', 'cpu', '--num-workers', num_workers
+
+new_run = ('--bs', 8, '--epochs', 3, '--no-knn', '--every', 2)
+def run_of(command, photos, out, num_workers=0, *args):
+    return command(*arguments(photos, out, num_workers), *new_run, *args, *tiny_run)
 
 def same_weights(*outs):
     a,b = (load_encoder(o/'encoder.safetensors').state_dict() for o in outs)
@@ -64,15 +68,13 @@ def photos(tmp_path_factory): return folder_of(tmp_path_factory.mktemp('faults')
 def whole(photos, tmp_path_factory):
     "The run without a fault"
     out = tmp_path_factory.mktemp('whole')/'run'
-    args = 'pretrain', photos, '--out', out, '--device', 'cpu', '--num-workers', 0, '--bs', 8, '--epochs', 3, '--no-knn'
-    from self_supervised_swav import cli
-    assert cli.main([str(o) for o in (*args, '--every', 2, *tiny_run)])==0
+    assert run_of(lambda *args: cli.main(args), photos, out)==0
     return out
 
 def goes_on(command, photos, out, whole, err):
     "The error says how to go on, and what comes out has the bits of the run without a fault"
     assert 'Traceback' not in err and f'swav pretrain {photos}' in err and '--resume' in err, err
-    code,_,err = command('pretrain', photos, '--out', out, '--device', 'cpu', '--num-workers', 0, '--resume')
+    code,_,err = command(*arguments(photos, out), '--resume')
     assert code==0, err
     assert same_weights(out, whole)
 
@@ -103,8 +105,7 @@ def test_a_loader_dies(command, photos, whole, tmp_path, monkeypatch):
         return read(o, *args, **kwargs)
     with monkeypatch.context() as m:
         m.setattr(data, 'read_image', deadly)
-        code,_,err = command('pretrain', photos, '--out', out, '--device', 'cpu', '--num-workers', 1, '--bs', 8,
-                             '--epochs', 3, '--no-knn', '--every', 2, *tiny_run)
+        code,_,err = run_of(command, photos, out, 1)
     assert code==2 and "a process that loads images was ended by the system" in err, err
     assert 'Traceback' not in err and '--resume' in err, err
     code,_,err = command('pretrain', photos, '--out', out, '--device', 'cpu', '--resume')
@@ -119,17 +120,15 @@ def test_an_image_is_gone_in_the_middle(command, photos, whole, tmp_path, monkey
     def gone(o, *args, **kwargs):
         if Path(o).stem in ('05','21','30') and (out/'last.pth').exists(): raise OSError('stale file handle')
         return read(o, *args, **kwargs)
-    args = ('pretrain', photos, '--out', out, '--device', 'cpu', '--num-workers', num_workers)
-    more = ('--bs', 8, '--epochs', 3, '--no-knn', '--every', 2, *['--skip-bad']*skip, *tiny_run)
     told = pytest.warns(UserWarning, match='images could not be read in this epoch, such as .*.png: others were taken')
     with monkeypatch.context() as m, told if skip else nullcontext():
         m.setattr(data, 'read_image', gone)
-        code,_,err = command(*args, *more)
+        code,_,err = run_of(command, photos, out, num_workers, *['--skip-bad']*skip)
     assert 'Traceback' not in err, err
     if skip: assert code==0, err
     else:
         assert code==2 and '.png is not a readable image: stale file handle' in err.splitlines()[0], err
-        code,_,err = command(*args, '--resume')
+        code,_,err = command(*arguments(photos, out, num_workers), '--resume')
         assert code==0 and (num_workers or same_weights(out, whole)), err
 
 def test_the_clock_jumps(command, photos, whole, tmp_path, monkeypatch):
