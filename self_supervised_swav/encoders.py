@@ -92,6 +92,8 @@ def _unknown(arch, names):
 
 def _check_n_in(n_in):
     if not isinstance(n_in, int) or n_in < 1: raise ValueError(f"n_in must be a positive whole number, got {n_in!r}")
+    # far more fill the memory before anything is said: one image of 224 px with so many takes 2 GB
+    if n_in > 10_000: raise ValueError(f"n_in must be at most 10,000, got {n_in}")
 
 def _remember(encoder, library, arch, known, **args):
     "Note how `encoder` was made, which a saved one needs, and what its weights know"

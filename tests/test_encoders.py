@@ -126,6 +126,7 @@ def test_names():
     (TypeError, 'got 18', dict(arch=18)),
     (ValueError, 'n_in must be a positive whole number, got 0', dict(arch='resnet18', n_in=0)),
     (ValueError, 'n_in must be a positive whole number, got 1.5', dict(arch=resnet18, n_in=1.5)),
+    (ValueError, 'n_in must be at most 10,000, got 51817', dict(arch='resnet18', n_in=51817)),
     (ValueError, "pool_type must be None or one of .*catavgmax.*got 'sum'", dict(arch='resnet18', pool_type='sum')),
     (ValueError, "pool_type='catavgmax' does not exist for 'test_vit'", dict(arch='test_vit', pool_type='catavgmax')),
     (ValueError, "stem of 'vgg11_bn' is unknown", dict(arch='vgg11_bn', small_images=True)),
