@@ -1,12 +1,13 @@
 """Many images, and large ones: an epoch of small images from a folder and from shards, with the memory at its beginning
 and its end; nearest neighbors among many features; `swav embed`; photographs of 12 megapixels from a folder and from
-the shards that `swav prepare` makes of them. Every piece that is done stays in `runs/load` and is not done again.
+the shards that `swav prepare` makes of them; an hour of `swav pretrain`, and four processes of it. Every piece
+that is done stays in `runs/load` and is not done again.
 `--images 20000` for less, `--quick` in a minute, `--write` keeps the table in README.md. The images are synthetic."""
-import argparse, contextlib, io, math, multiprocessing, os, re, shutil, time, warnings
+import argparse, contextlib, io, math, os, shutil, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
 
-import numpy as np, torch
+import numpy as np, psutil, torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -22,8 +23,8 @@ from self_supervised_swav.knn import nearest_neighbors
 from self_supervised_swav.prepare import prepare_shards
 
 here = Path(__file__).resolve().parent
-full = dict(images=200_000, features=1_000_000, queries=1_000, photos=24, embed_minutes=10.)
-quick = dict(images=300, features=2_000, queries=100, photos=3, embed_minutes=.1)
+full = dict(images=200_000, features=1_000_000, queries=1_000, photos=24, embed_minutes=10., hours=1., steps=500)
+quick = dict(images=300, features=2_000, queries=100, photos=3, embed_minutes=.1, hours=.005, steps=8)
 
 # --- images -----------------------------------------------------------------------------------------------------------
 def small_image(i, size=64):
@@ -58,11 +59,13 @@ def in_silence(f, *args, **kwargs):
     with contextlib.redirect_stdout(io.StringIO()): return f(*args, **kwargs)
 
 # --- measures ---------------------------------------------------------------------------------------------------------
-def memory_now():
-    "Bytes of this process and its children, shared pages by their share"
-    pids = [os.getpid(),*(p.pid for p in multiprocessing.active_children())]
-    texts = [Path(f'/proc/{o}/smaps_rollup').read_text() for o in pids]
-    return sum(int(re.search(r'^Pss:\s*(\d+)', o, re.M)[1]) for o in texts)*1024
+def memory_of(process):
+    "Bytes of a process and all that it started, shared pages by their share"
+    n = 0
+    for o in [process,*process.children(recursive=True)]:
+        # it may have ended since it was listed
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied): n += o.memory_full_info().pss
+    return n
 
 def epoch(source, size, bs, workers):
     "A whole epoch: images, seconds, and the memory at its tenths"
@@ -75,7 +78,7 @@ def epoch(source, size, bs, workers):
     start,cpu = time.perf_counter(),sum(os.times()[:4])
     for i,(x,) in enumerate(dls.train, 1):
         n += len(x)
-        if i%tenth==0: memory.append(memory_now())
+        if i%tenth==0: memory.append(memory_of(psutil.Process()))
     return dict(images=n, all=len(dls.train_ds), secs=time.perf_counter()-start, cpu=sum(os.times()[:4])-cpu,
                 opened=opened, memory=memory)
 
@@ -109,6 +112,23 @@ def embed(source, folder, minutes):
     before = harness.peak_rss()
     n,secs,cpu = go(source if k==len(shards) else str(source/f'shard-{{000000..{k-1:06}}}.tar'))
     return dict(images=n, secs=secs, cpu=cpu, peak=harness.peak_rss(), before=before)
+
+def train(source, out, bs, *options):
+    "`swav pretrain` with a small network: its epochs, seconds, and the memory until the last of them has ended"
+    shutil.rmtree(out, ignore_errors=True)
+    cmd = [sys.executable,'-W','ignore','-m','self_supervised_swav','pretrain',source,'--out',out,'--size',64,'--bs',bs,
+           '--valid-pct',0,'--num-workers',1,'--device','cpu',*options,'--set','encoder.layers=(1,1,1,1)',
+           'encoder.channels=(8,16,32,64)','crop_sizes=(32,16)']
+    start,cpu,memory,history = time.time(),sum(os.times()[:4]),[],out/'history.jsonl'
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    with subprocess.Popen(list(map(str, cmd)), stdout=subprocess.DEVNULL, env=env) as p:
+        while p.poll() is None:
+            memory.append((time.time(),memory_of(psutil.Process(p.pid))))
+            time.sleep(2)
+    if p.returncode: raise RuntimeError(f'{cmd} ended with {p.returncode}')
+    trained = history.stat().st_mtime  # its report comes after the last epoch, and draws
+    return dict(epochs=len(history.read_text().splitlines()), secs=time.time()-start, cpu=sum(os.times()[:4])-cpu,
+                memory=[m for t,m in memory if t<trained])
 
 apart = partial(harness.apart, start='fork')
 
@@ -147,6 +167,14 @@ def pieces(out, s, todo=True):
     yield run('prepare photos', dict(photos=m), pack_photos)
     for kind,source in (('folder',photos), ('shards',out/'photo-shards')):
         yield run(f'photos {kind}', dict(photos=m), lambda: apart(epoch, source, 224, min(8, m//3), 0))
+    k,n_ranks = min(n, 4000),4
+    own = dict(images=k, trained=version(train))
+    yield run('train, one process', own|dict(hours=s['hours'], bs=64),
+              lambda: train(small/f'{n}', out/'trained', 64, '--n-images', k, '--hours', s['hours']))
+    epochs = math.ceil(s['steps']/(k//32))
+    more = '--n-images',k,'--epochs',epochs,'--gpus',n_ranks
+    yield run(f'train, {n_ranks} processes', own|dict(epochs=epochs, bs=32),
+              lambda: train(small/f'{n}', out/'trained-ranks', 32, *more))
 
 def mb(n): return f'{n/2**20:,.0f} MiB'
 
@@ -170,8 +198,11 @@ def rows(found):
         else:
             half = len(r['memory'])//2
             first,second = (max(o, default=0) for o in (r['memory'][:half],r['memory'][half:]))
-            what = f"at most {mb(first)} in its first half, {mb(second)} in its second" if 'epoch' in name else ''
-            yield name,f"{r['images']:,} of {r['all']:,} images",speed(r['images'], r),what,r
+            what = f'at most {mb(first)} in its first half, {mb(second)} in its second' if 'photos' not in name else ''
+            if name.startswith('train'):
+                k,steps = r['key']['images'],r['epochs']*(r['key']['images']//r['key']['bs'])
+                yield name,f'{steps:,} steps of {r["key"]["bs"]} images',speed(r['epochs']*k, r),what,r
+            else: yield name,f"{r['images']:,} of {r['all']:,} images",speed(r['images'], r),what,r
 
 def report(found):
     head = ['piece','size','a second of processor time / of the clock','memory, and what else','load','date']

@@ -7,7 +7,9 @@ __all__ = ['is_fast', 'DeviceMixedPrecision']
 
 # %% ../nbs/29_precision.ipynb #87f54dda
 import warnings
+from types import MethodType
 import torch
+from torch import nn
 from torch.amp import GradScaler
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -29,6 +31,18 @@ def is_fast(
     if device.type=='cuda': return dtype==torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type=='cpu' and any(getattr(torch.cpu, f, bool)() for f in _cpu_flags[dtype])
 
+# %% ../nbs/29_precision.ipynb #8c2e41d3
+def _forward(self, x):
+    "A convolution in float32 on a map smaller than its stride, for which oneDNN does not write the whole gradient"
+    if all(s<=n for s,n in zip(self.stride, x.shape[-2:])): return type(self).forward(self, x)
+    with torch.autocast('cpu', enabled=False): return type(self).forward(self, x.float())
+
+def _guard_convs(model):
+    "Give `_forward` to the strided convolutions of `model`; returns them"
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride)>1 and 'forward' not in vars(m)]
+    for m in convs: m.forward = MethodType(_forward, m)  # a copy of the model gets methods of its own
+    return convs
+
 # %% ../nbs/29_precision.ipynb #02d61396
 class DeviceMixedPrecision(MixedPrecision):
     "`MixedPrecision` on the device of the model, off outside of it"
@@ -40,7 +54,7 @@ class DeviceMixedPrecision(MixedPrecision):
         **kwargs
     ):
         super().__init__(amp_mode, **kwargs)
-        self.force,self.wrapped = force,None
+        self.force,self.wrapped,self.guarded = force,None,[]
 
     def before_fit(self):
         self.unwrap()  # after a fit that ended in an error
@@ -57,7 +71,9 @@ class DeviceMixedPrecision(MixedPrecision):
         self.learn.scaler = GradScaler(device.type, **self.kwargs | dict(enabled=on and dtype==torch.float16))
         self.scales = L()
         if not on: return
-        if device.type=='cpu': self.model.to(memory_format=torch.channels_last)
+        if device.type=='cpu':
+            self.model.to(memory_format=torch.channels_last)
+            self.guarded = _guard_convs(self.model)
         self.wrapped = (self.model, vars(self.model).get('forward'))
         self.model.forward = self.autocast(self.model.forward)
 
@@ -67,7 +83,8 @@ class DeviceMixedPrecision(MixedPrecision):
         self.unwrap()
         super().after_fit()
     def unwrap(self):
-        "Give the model its own `forward` back"
+        "Give the model and its convolutions their own `forward` back"
+        while self.guarded: del self.guarded.pop().forward
         if not self.wrapped: return
         (model,own),self.wrapped = self.wrapped,None
         if own: model.forward = own

