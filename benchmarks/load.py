@@ -24,7 +24,7 @@ from self_supervised_swav.prepare import prepare_shards
 
 here = Path(__file__).resolve().parent
 full = dict(images=200_000, features=1_000_000, queries=1_000, photos=24, embed_minutes=10., hours=1., steps=500)
-quick = dict(images=300, features=2_000, queries=100, photos=3, embed_minutes=.1, hours=.005, steps=8)
+quick = dict(images=300, features=2_000, queries=100, photos=3, embed_minutes=.1, hours=.02, steps=8)
 
 # --- images -----------------------------------------------------------------------------------------------------------
 def small_image(i, size=64):

@@ -662,6 +662,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'self_supervised_swav/distributed.py'),
                                                   'self_supervised_swav.distributed.DDPTrainer._warn_unsynced': ( 'distributed.html#ddptrainer._warn_unsynced',
                                                                                                                   'self_supervised_swav/distributed.py'),
+                                                  'self_supervised_swav.distributed.DDPTrainer._wrap_dl': ( 'distributed.html#ddptrainer._wrap_dl',
+                                                                                                            'self_supervised_swav/distributed.py'),
                                                   'self_supervised_swav.distributed.DDPTrainer.after_fit': ( 'distributed.html#ddptrainer.after_fit',
                                                                                                              'self_supervised_swav/distributed.py'),
                                                   'self_supervised_swav.distributed.DDPTrainer.before_fit': ( 'distributed.html#ddptrainer.before_fit',

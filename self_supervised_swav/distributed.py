@@ -63,6 +63,8 @@ class DDPTrainer(DistributedTrainer):
                 if isinstance(cb, (CSVLogger,ShowGraphCallback)) or getattr(cb, 'first_rank_only', False):
                     cb.run = False  # until the end of this fit
 
+    def _wrap_dl(self, dl): return super()._wrap_dl(dl) if len(dl) else dl  # no images cannot be shared
+
     def after_fit(self): self.unwrap()
     def unwrap(self):
         "Give the Learner its own model and loaders back"

@@ -13,6 +13,7 @@ from torch.distributed.run import get_args_parser
 from self_supervised_swav import cli, runs
 from self_supervised_swav.checkpoints import save_encoder
 from self_supervised_swav.encoders import create_encoder
+from self_supervised_swav.prepare import prepare_shards
 from self_supervised_swav.ranks import check_rank_device
 
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # as the command does before it imports torch
@@ -102,6 +103,23 @@ def test_pretrain(numbers, photos, tmp_path):
                 "were done, is left there)") in out[0]
         assert [o.split(',')[0] for o in epochs(other)]==['epoch','0','2']
     codes,out,_ = on_ranks(tmp_path, 2, [*args,'--out',cut,'--resume'])
+    assert codes==[0,0] and 'going on at epoch 1, batch' in out[0]
+    assert weights(cut)==weights(whole) and epochs(cut)==epochs(whole)
+
+@pytest.mark.parametrize('stopped', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_pretrain_on_shards(stopped, photos, tmp_path):
+    "Ranks share them, with no image left to validate; a run that was stopped goes on bit for bit"
+    prepare_shards(photos, tmp_path/'shards', size=16)
+    args = ['pretrain',tmp_path/'shards','--bs',32,'--num-workers',1]
+    settings,whole,cut = ['--epochs',1+stopped,'--valid-pct',0,'--every',2,*tiny],tmp_path/'whole',tmp_path/'cut'
+    codes,out,err = on_ranks(tmp_path, 2, [*args,*settings,'--out',whole], before=(_no_report,))
+    assert codes==[0,0], err
+    saved = torch.load(whole/'last.pth', weights_only=True)
+    assert len(saved['callbacks']['recorder']['losses'])==(1+stopped)*(360//32)
+    if not stopped: return
+    codes,_,err = on_ranks(tmp_path, 2, [*args,*settings,'--out',cut], before=(_signal,1,15,signal.SIGTERM))
+    assert codes==[143,143], err
+    codes,out,_ = on_ranks(tmp_path, 2, [*args,'--out',cut,'--resume'], before=(_no_report,))
     assert codes==[0,0] and 'going on at epoch 1, batch' in out[0]
     assert weights(cut)==weights(whole) and epochs(cut)==epochs(whole)
 
