@@ -8,7 +8,7 @@ __all__ = ['encoder_of', 'save_encoder', 'encoder_settings', 'check_encoder_sett
            'load_weights']
 
 # %% ../nbs/13_checkpoints.ipynb #7c699188
-import io, json, math, pickle, warnings, zipfile
+import io, json, math, pickle, pickletools, warnings, zipfile
 from collections import Counter, OrderedDict, namedtuple
 from contextlib import contextmanager
 from pathlib import Path
@@ -292,6 +292,14 @@ class _Sizes(pickle.Unpickler):
         _,kind,key,_,n = pid[:5]
         if isinstance(n, int): self._count(str(key), n*getattr(kind, 'n_bytes', 1))
 
+def _play(f, most):
+    "Play the pickle that begins here; Python makes room for as many objects as the largest number that one is given"
+    start = f.tell()
+    for op,arg,_ in pickletools.genops(f):
+        if op.name.endswith('PUT') and arg>most: raise _TooMany
+    f.seek(start)
+    _Sizes(f, most).load()
+
 def _check_pickle(path):
     "Raise `_TooMany` where a file of `torch.save` would take more memory than it is long"
     n = Path(path).stat().st_size
@@ -300,10 +308,10 @@ def _check_pickle(path):
             infos = z.infolist()
             if sum(o.file_size for o in infos)>n: raise _TooMany
             names = [o for o in infos if o.filename.endswith('data.pkl')]
-            for o in names: _Sizes(io.BytesIO(z.read(o)), n).load()
+            for o in names: _play(io.BytesIO(z.read(o)), n)
     else:
         with open(path, 'rb') as f:
-            for _ in range(4): _Sizes(f, n).load() # what it is, its version, the system, and the names
+            for _ in range(4): _play(f, n) # what it is, its version, the system, and the names
 
 def read_checkpoint(
     path # File of `torch.save`

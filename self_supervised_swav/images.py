@@ -8,7 +8,7 @@ __all__ = ['escape_name', 'unescape_name', 'csv_name', 'write_csv', 'count_of', 
            'read_channels', 'viewable']
 
 # %% ../nbs/14_images.ipynb #73d06d8d
-import csv, hashlib, io, math, os, re, warnings
+import csv, hashlib, io, math, os, re, struct, warnings
 from collections import deque, namedtuple
 from numbers import Real
 from pathlib import Path
@@ -202,6 +202,28 @@ def _tifffile():
         raise ImportError("TIFF files of several channels or pages need tifffile: pip install tifffile") from e
     return tifffile
 
+def _check_directories(fn):
+    "Refuse a TIFF file whose directories have more entries than its bytes can hold: they share them, without an end"
+    with _opened(fn) as f:
+        size = room = f.seek(0, os.SEEK_END)
+        f.seek(0)
+        head = f.read(16)
+        order,is_big = '<' if head[:2]==b'II' else '>',b'+' in head[2:4]
+        count,entry,link = ('Q',20,'Q') if is_big else ('H',12,'I')
+        n_count,n_link = struct.calcsize(count),struct.calcsize(link)
+        at = head[n_link:2*n_link]
+        while len(at)==n_link and 0<(at := struct.unpack(order+link, at)[0])<=size-n_count:
+            f.seek(at)
+            n = struct.unpack(order+count, f.read(n_count))[0]
+            room -= n_count+n*entry+n_link
+            if room<0: raise ValueError("its directories have more entries than it has bytes")
+            f.seek(n*entry, os.SEEK_CUR)
+            at = f.read(n_link)
+
+def _open_tiff(fn):
+    _check_directories(fn)
+    return _tifffile().TiffFile(_stream(fn))
+
 def _load_array(fn):
     "The array in a `.npy` file or in the bytes of one"
     if not isinstance(fn, StoredImage): return np.load(fn, mmap_mode='r', allow_pickle=False)
@@ -223,7 +245,7 @@ def _open_array(fn, n_in=None):
         if not isinstance(a, np.ndarray): raise ValueError("it holds several arrays: an image is one")
         shape,dtype,axes,read = a.shape,a.dtype,'',lambda: a
     else:
-        with _tifffile().TiffFile(_stream(fn)) as f:
+        with _open_tiff(fn) as f:
             shape,dtype,axes = (getattr(f.series[0], o) for o in ('shape','dtype','axes'))
         def read(): return _tifffile().imread(_stream(fn), series=0)
     if len(shape) not in (2,3):
@@ -252,8 +274,10 @@ def _open_image(fn):
     except UnidentifiedImageError:
         if _is_tiff(fn): return
         raise
-    if im.format!='TIFF' or im.n_frames==1: return im
-    with _tifffile().TiffFile(_stream(fn)) as f:
+    if im.format!='TIFF': return im
+    _check_directories(fn)
+    if im.n_frames==1: return im
+    with _open_tiff(fn) as f:
         is_stack = len(f.series[0].pages)>1  # other pages may be smaller versions
     if not is_stack: return im
     im.close()

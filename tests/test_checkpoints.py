@@ -207,7 +207,12 @@ def old_format(path):
     torch.save(dict(a=torch.zeros(10**5)), path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes()[:3000])
 
-@pytest.mark.parametrize('write', (larger_than_itself, zipped_small, old_format,
+far_ahead = b'\x80\x02}r\xff\xff\xff\x0f.'  # an empty dict, kept as object 268,435,455
+def numbered_far_ahead(path):
+    with zipfile.ZipFile(path, 'w') as z: z.writestr('c/data.pkl', far_ahead)
+
+@pytest.mark.parametrize('write', (larger_than_itself, zipped_small, old_format, numbered_far_ahead,
+    lambda p: p.write_bytes(far_ahead*4),
     lambda p: torch.save(dict(a=Huge()), p),
     lambda p: torch.save(dict(a=Huge()), p, _use_new_zipfile_serialization=False)))
 def test_checkpoints_that_are_larger_than_they_are(tmp_path, write):

@@ -1,13 +1,25 @@
-"Files of every kind, changed in any place: what they hold comes back, or an error says which file it is"
-import io, json, struct, tempfile, warnings, zipfile
+"""Files of every kind, changed in any place: what they hold comes back, or an error says which file it is.
+
+`tools/fuzz_bytes.py` changes the same files in search of code that no test has reached."""
+import importlib.util, io, json, struct, subprocess, sys, tarfile, tempfile, warnings, zipfile
+from dataclasses import fields
 from pathlib import Path
-import torch
+import numpy as np, pytest, torch
+from fastai.vision.core import PILImage
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from fuzz import called, changes, floats, fuzz, odd_values, other_versions, tensors
+from self_supervised_swav.args import PretrainArgs
 from self_supervised_swav.checkpoints import encoder_settings, load_encoder, load_weights, load_whitening, save_encoder
+from self_supervised_swav.data import OpenChannels, OpenImage
 from self_supervised_swav.encoders import create_encoder
+from self_supervised_swav.files import read_state
+from self_supervised_swav.images import image_info
 from self_supervised_swav.published import load_swav_checkpoint
+from self_supervised_swav.runs import configured
+from self_supervised_swav.select import read_labels
+from self_supervised_swav.shards import Shards, make_index, read_index, write_index
 from self_supervised_swav.whitening import Whitening
 
 warnings.simplefilter('ignore')
@@ -87,3 +99,82 @@ names = st.lists(words, min_size=1, max_size=5).map('.'.join)
 def test_any_checkpoint(state, inner, resnet):
     if resnet: state = {f'module.{k}': v for k,v in encoder().state_dict().items()} | state
     check_weights(put('any.pth', torch_file(dict(state_dict=state) if inner else state)))
+
+# --- what else reads bytes --------------------------------------------------------------------------------------------
+def in_memory(write, *args, **kwargs):
+    f = io.BytesIO()
+    write(f, *args, **kwargs)
+    return f.getvalue()
+
+picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8,8,3))
+pixels = np.arange(320, dtype=np.uint16).reshape(5,8,8)
+
+def shard_bytes():
+    def write(f):
+        with tarfile.open(fileobj=f, mode='w') as t:
+            for name,o in (('a.png',in_memory(picture.save, 'png')), ('a.cls',b'1'),
+                           ('b.jpg',in_memory(picture.save, 'jpeg'))):
+                member = tarfile.TarInfo(name)
+                member.size = len(o)
+                t.addfile(member, io.BytesIO(o))
+    return in_memory(write)
+
+def check_picture(path):
+    res = called(OpenImage(PILImage), path, names=[path.name])
+    assert res is None or res.mode=='RGB'
+
+def check_array(path):
+    try: n = image_info(path).channels
+    except Exception: return check_picture(path)  # which says whose error it is
+    called(OpenChannels(min(n, 8)), path, names=[path.name])
+    check_picture(path)
+
+def check_shard(path):
+    shards = called(Shards, str(path), names=[path.name])
+    for o in shards or (): called(OpenImage(PILImage), o, names=[path.name])
+
+shard = put('whole.tar', shard_bytes())
+with open(shard, 'rb') as f: write_index(make_index(f, shard.stat().st_size), 'now', folder/'whole.npz')
+
+def check_index(path):
+    with open(path, 'rb') as f: o = read_index(f, shard.stat().st_size, 'now')
+    assert o is None or len(o['sizes'])==len(o['labels'])
+
+run = dict(args=dict(source='digits', bs=32, epochs=2, settings=['temp=.1']), recipe=dict(swav=dict(temp=.1)))
+def check_config(path):
+    res = called(configured, PretrainArgs('digits', config=str(path)), names=[path.name])
+    if res is not None: called(res[0].check, names=[f.name for f in fields(PretrainArgs)])
+
+readers = {  # name of a file, what it holds, and what reads it
+    'encoder': ('a.safetensors', data, check_encoder),
+    'weights': ('a.pth', new, check_weights),
+    'old weights': ('b.pth', old, check_weights),
+    'checkpoint': ('last.pth', new, lambda path: called(read_state, path, False, names=[path.name])),
+    'PNG': ('a.png', in_memory(picture.save, 'png'), check_picture),
+    'JPEG': ('a.jpg', in_memory(picture.save, 'jpeg'), check_picture),
+    'TIFF': ('a.tif', in_memory(picture.save, 'tiff'), check_array),
+    'array': ('a.npy', in_memory(np.save, pixels), check_array),
+    'shard': ('a.tar', shard.read_bytes(), check_shard),
+    'index': ('a.npz', (folder/'whole.npz').read_bytes(), check_index),
+    'labels': ('labels.csv', b'file,class,group\na.png,cat,\n"b,c.png","a ""dog""",a.png\n',
+               lambda path: called(read_labels, path, names=[path.name])),
+    'settings': ('settings.json', json.dumps(run).encode(), check_config)}
+
+def read(reader, data): readers[reader][2](put(readers[reader][0], data))
+
+@pytest.mark.parametrize('reader', readers)
+def test_whole(reader): read(reader, readers[reader][1])
+
+others = [o for o in readers if o not in ('encoder','weights','old weights')]
+
+@fuzz(200, change=changes(), reader=st.sampled_from(others))
+def test_bytes_of_others(change, reader): read(reader, change(readers[reader][1]))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('reader', readers)
+def test_guided(reader):
+    "What reaches new code is changed further"
+    if importlib.util.find_spec('atheris') is None: pytest.skip('needs atheris: pip install atheris')
+    tool = Path(__file__).resolve().parent.parent/'tools'/'fuzz_bytes.py'
+    res = subprocess.run([sys.executable,tool,reader,'--seconds','15'], capture_output=True, text=True)
+    assert res.returncode==0, res.stdout+res.stderr[-4000:]

@@ -36,6 +36,16 @@ def test_16_bits_are_scaled_by_their_range(tmp_path, ext):
 def test_16_bit_tiff_of_other_kinds(tmp_path, kw, want):
     assert (np.asarray(read_image(write_tiff(tmp_path/'a.tif', ramp, **kw), 'L')) == want).all()
 
+@pytest.mark.parametrize('kind', ['II*\0','MM\0*'])
+@pytest.mark.parametrize('entries,back', [(4096,False), (0,True)])
+def test_tiff_directories_without_an_end(tmp_path, kind, entries, back):
+    "More entries than bytes, or a directory that follows itself: readers would take minutes for 26 bytes"
+    order = '<' if kind[0]=='I' else '>'
+    data = kind.encode()+struct.pack(order+'IHI', 8, entries, 8 if back else 0)+bytes(12)
+    (tmp_path/'a.tif').write_bytes(data)
+    for read in (image_info,read_image):
+        with pytest.raises(ValueError, match='more entries than it has bytes'): read(tmp_path/'a.tif')
+
 def test_12_bit_tiff(tmp_path):
     "Two pixels in three bytes: 0 and 4095"
     entries = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
