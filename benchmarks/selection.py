@@ -26,9 +26,9 @@ here = Path(__file__).resolve().parent
 sizes = 10,20,30,50,100,200,500
 methods = 'typical','coverage','random'
 full = {'fashion-mnist': dict(size=28, n_in=1, bs=128, epochs=4, channels=(32,64,128,256), small_images=True,
-                              sizes=sizes, draws=10, tuned=(30,100), tune_draws=3, n_tune_test=2000),
+                              sizes=sizes, draws=10, tuned=(30,100), tune_draws=10, n_tune_test=2000),
         'clipart': dict(size=64, n_in=3, bs=128, epochs=5, channels=(32,64,128,256), small_images=False,
-                        sizes=sizes, draws=10, tuned=(30,100), tune_draws=3, n_tune_test=2000)}
+                        sizes=sizes, draws=10, tuned=(30,100), tune_draws=10, n_tune_test=2000)}
 quick = {'digits': dict(size=16, n_in=1, bs=32, epochs=1, channels=(4,8,8,16), small_images=True, sizes=(10,20),
                         draws=2, tuned=(10,), tune_draws=1, n_tune_test=100)}
 
