@@ -11,6 +11,7 @@ from self_supervised_swav.data import digits_dls, no_targets
 from self_supervised_swav.evaluate import extract_features, few_label_idxs, knn_accuracy, linear_probe
 from self_supervised_swav.whitening import Whitening
 from helpers import small_encoder, small_learner, tiny_run as tiny
+from sandbox import python_path
 
 root = Path(__file__).resolve().parent.parent
 
@@ -18,7 +19,7 @@ def start(*args):
     "`swav ARGS` as a process of its own"
     return subprocess.Popen([sys.executable, '-u', '-m', 'self_supervised_swav', *map(str, args)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, 'PYTHONPATH': str(root)})
+                            text=True, env={**os.environ, 'PYTHONPATH': python_path(root)})
 
 def test_help():
     "A page that names the commands; a page for each with defaults; all without waiting for torch"
@@ -26,7 +27,7 @@ def test_help():
            "sys.addaudithook(lambda e, a: e=='import' and a[0]=='torch' and sys.exit('torch')); main(sys.argv[1:])"
     def out(*args):
         res = subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True,
-                             env={**os.environ, 'PYTHONPATH': str(root)})
+                             env={**os.environ, 'PYTHONPATH': python_path(root)})
         assert res.returncode==0, res.stderr
         return ' '.join(res.stdout.split())
     for o in ('pretrain Pretrain an encoder on images without labels','evaluate','embed','Exit codes: 0 done; 2'):

@@ -8,6 +8,7 @@ import multiprocessing as mp, pytest, torch, yaml
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from helpers import tiny_run as tiny
+from sandbox import python_path
 from test_distributed import ranks_learner, run_ranks
 from torch.distributed.run import get_args_parser
 from self_supervised_swav import cli, runs
@@ -300,7 +301,7 @@ def test_more_processes_than_the_processor_can_share(command, photos, tmp_path):
 
 # --- torchrun itself --------------------------------------------------------------------------------------------------
 def _swav(*args, **kwargs):
-    env = os.environ|dict(OMP_NUM_THREADS='1', PYTHONPATH=str(docs.parent))
+    env = os.environ|dict(OMP_NUM_THREADS='1', PYTHONPATH=python_path(docs.parent))
     return subprocess.Popen([sys.executable, '-u', '-m', 'self_supervised_swav', *map(str, args)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 

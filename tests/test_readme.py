@@ -4,6 +4,7 @@ import json, os, re, shlex, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 import self_supervised_swav
+from sandbox import python_path
 
 root = Path(__file__).resolve().parent.parent
 text = (root/'README.md').read_text(encoding='utf-8')
@@ -31,7 +32,7 @@ def test_python_runs(tmp_path):
     columns"""
     sources = [b for lang, b in blocks if lang == 'python']
     (tmp_path/'blocks.json').write_text(json.dumps(sources))
-    env = {**os.environ, 'PYTHONPATH': str(root), 'MPLBACKEND': 'agg'}
+    env = {**os.environ, 'PYTHONPATH': python_path(root), 'MPLBACKEND': 'agg'}
     res = subprocess.run([sys.executable, '-W', 'ignore', '-c', reader, 'blocks.json'], cwd=tmp_path, env=env,
                          capture_output=True, text=True)
     assert res.returncode == 0, res.stderr[-3000:]

@@ -2,6 +2,7 @@
 import base64, io, json, os, shutil, socket, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
+import sandbox
 
 root = Path(__file__).resolve().parent.parent
 nb_head = ['#| default_exp mod', "#| export\ndef double(x):\n    \"Twice `x`\"\n    return 2*x"]
@@ -166,10 +167,15 @@ def test_sandbox(monkeypatch):
 
 def test_network_is_closed_here():
     "In this process, too: libraries that catch the error do not hide the attempt"
-    import sandbox
     with pytest.raises(OSError, match='no network'): socket.create_connection(('example.com', 80))
     assert [o[1] for o in sandbox.attempts] == ['example.com']
     sandbox.attempts.clear()
+
+def test_network_is_closed_in_what_tests_start():
+    code = "import socket; socket.create_connection(('example.com', 80))"
+    for env in (os.environ, os.environ|dict(PYTHONPATH=sandbox.python_path(root))):
+        res = subprocess.run([sys.executable,'-c',code], env=env, capture_output=True, text=True)
+        assert res.returncode and 'OSError: socket.getaddrinfo' in res.stderr and 'no network' in res.stderr
 
 def test_progress_bars_as_a_terminal_shows_them(project):
     nb = project/'nbs'/'04_bar.ipynb'

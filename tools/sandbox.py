@@ -1,9 +1,12 @@
 """What tests and notebooks run in: a process without a network and, where SWAV_PRETEND asks for it, on a processor that
-lacks something.
+lacks something. What Python processes it starts have no network either.
 
 `SWAV_PRETEND` holds names of `lacks`, separated by commas. Nothing here can be undone: a process that has entered stays
 inside."""
 import os, socket, sys
+from pathlib import Path
+
+inside = Path(__file__).resolve().parent/'inside'
 
 # --- no network -------------------------------------------------------------------------------------------------------
 _host_at = {'socket.connect': 1, 'socket.sendto': 1, 'socket.sendmsg': 1, 'socket.getaddrinfo': 0,
@@ -23,6 +26,16 @@ def _refuse_network(event, args):
     if is_local(address) or is_unix_socket: return
     attempts.append((event, address))
     raise OSError(f'{event} to {address!r}: tests and notebooks have no network')
+
+def python_path(*folders):
+    "The PYTHONPATH of a process that is to have no network"
+    return os.pathsep.join(map(str, [inside, *folders]))
+
+def close_network():
+    "In this process; a second call changes nothing"
+    if getattr(sys, '_swav_network_closed', False): return
+    sys._swav_network_closed = True
+    sys.addaudithook(_refuse_network)
 
 # --- another processor ------------------------------------------------------------------------------------------------
 def _refuse_caches(event, args):
@@ -48,5 +61,6 @@ def enter(
     names = os.environ.get('SWAV_PRETEND', '').split(',') if pretend is None else pretend
     if unknown := set(filter(None, names))-set(lacks):
         raise ValueError(f"SWAV_PRETEND must name some of {', '.join(lacks)}, got {', '.join(sorted(unknown))}")
-    sys.addaudithook(_refuse_network)
+    close_network()
+    os.environ['PYTHONPATH'] = python_path(*filter(None, [os.environ.get('PYTHONPATH')]))
     for name in filter(None, names): lacks[name]()
