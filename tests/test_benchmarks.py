@@ -224,7 +224,8 @@ def test_load_measures_each_piece_once(tmp_path, monkeypatch):
                                   'photos folder','photos shards','train, one process','train, 4 processes']
     assert rows[0][2]=='300 images' and rows[1][2]==rows[2][2]=='256 of 300 images' and rows[4][2]=='300 images'
     assert rows[-1][2]=='9 steps of 32 images'
-    for o in ('apart','train'): monkeypatch.setattr(load, o, None)  # nothing can be measured any more
+    monkeypatch.setattr(load, 'apart', None)  # nothing can be measured any more
+    monkeypatch.setattr(load.subprocess, 'Popen', None)
     assert load.main(again)==text
 
 # --- which images to label ---

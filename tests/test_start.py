@@ -386,14 +386,14 @@ def continued():
 
 def test_gains_are_over_the_same_seed(continued, tmp_path):
     "From pieces on disk: a mean over seeds, and what each seed gains over its own start from scratch"
-    s = continued.quick
+    s = continued.quick['digits']
     def put(name, key, **r): (tmp_path/f'{name}.json').write_text(json.dumps(dict(r, key=key), default=list))
     for seed,(a,b) in enumerate([(.5,.6),(.7,.75)]):
         for arm,v in (('from scratch',a), ('continued',b)):
             put(f'{arm}-1-{seed}'.replace(' ', '-'), continued.key_of(s, seed, arm=arm, given=continued.arms[arm],
                                                                       target_epochs=1), knn=v, probe=v, few=v, cpu=2.)
     text = continued.main(['--quick','--table','--out',str(tmp_path)])
-    assert not [o for o in text.splitlines()[2:] if o]  # nothing in the folder of quick runs
+    assert not [o for o in text.splitlines()[4:] if o]  # nothing in the folder of quick runs
     rows = table_of(continued.report(tmp_path, s, 3))
     assert rows['from scratch'][1]=='60.0 ± 14.1' and rows['from scratch'][-1]=='2'
     assert rows['continued'][1]=='67.5 ± 10.6 (+7.5, 2 of 2)'  # the mean of 10 and 5 points
