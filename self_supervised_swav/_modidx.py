@@ -557,6 +557,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'self_supervised_swav/data.py'),
                                            'self_supervised_swav.data.image_data_block': ( 'data.html#image_data_block',
                                                                                            'self_supervised_swav/data.py'),
+                                           'self_supervised_swav.data.image_dls': ('data.html#image_dls', 'self_supervised_swav/data.py'),
                                            'self_supervised_swav.data.image_stats': ( 'data.html#image_stats',
                                                                                       'self_supervised_swav/data.py'),
                                            'self_supervised_swav.data.labels_of': ('data.html#labels_of', 'self_supervised_swav/data.py'),

@@ -6,8 +6,8 @@
 __all__ = ['no_targets', 'NoTargets', 'Skipped', 'OpenImage', 'UnlabeledImageBlock', 'TensorChannels', 'OpenChannels',
            'image_block', 'ResizeChannels', 'resize', 'look_at_images', 'check_images', 'list_images',
            'write_bad_files', 'split_bad', 'find_images', 'find_copies', 'random_split', 'fit_bs', 'image_data_block',
-           'n_loaders', 'skip_unreadable', 'workers_of_parts', 'swav_dls', 'TensorImages', 'TensorDL', 'tensor_dls',
-           'labels_of', 'subset', 'digits_dls', 'read_idx', 'fashion_mnist_dls']
+           'n_loaders', 'skip_unreadable', 'workers_of_parts', 'image_dls', 'swav_dls', 'TensorImages', 'TensorDL',
+           'tensor_dls', 'labels_of', 'subset', 'digits_dls', 'read_idx', 'fashion_mnist_dls']
 
 # %% ../nbs/30_data.ipynb #0720e510
 import gzip, math, os, random, struct, sys, warnings
@@ -387,6 +387,31 @@ def workers_of_parts(files, splits, num_workers=None):
     parts = [n_loaders([files[i] for i in part]) if own else num_workers for part in splits]
     return dict(num_workers=parts[0], dl_kwargs=[dict(num_workers=o) for o in parts])
 
+def image_dls(
+    files, # Image files, `Shards`, or a list of the images of one `Shards`
+    splits, # Indices for training and for validation
+    n_in:int, # Channels
+    size:int|tuple, # Size of the images in a batch, or (height,width)
+    bs:int, # Batch size
+    labels:tuple=(), # `TransformBlock` of labels and the label of a file, as for `image_data_block`
+    window=None, # Values that become black and white in images of more than 8 bits: see `to_unit`
+    background='white', # Color behind transparent pixels
+    method:str='crop', # 'crop', 'squish' or 'pad'
+    skip_bad:bool=False, # Take another image for one that cannot be read when a training asks for it?
+    num_workers:int|None=None, # Processes that load images (default: what pays)
+    device=None, # Device of the batches
+    **kwargs # Passed to `DataBlock.dataloaders`
+)->DataLoaders:
+    "DataLoaders of images that have been looked at, wherever they lie"
+    h,w = (size,size) if isinstance(size, int) else size
+    block = image_block(n_in, (w,h), window, background, targets=bool(labels))
+    dblock,items = image_data_block(files, block, splits, resize(n_in, (h,w), method), *labels)
+    kwargs = workers_of_parts(files, splits, num_workers)|kwargs
+    dls = dblock.dataloaders(items, bs=bs, device=device, **kwargs)
+    dls.image_settings = dict(window=window, background=background)
+    dls.skipped = skip_unreadable(block, files) if skip_bad else None
+    return dls
+
 # %% ../nbs/30_data.ipynb #9ac60b9d
 def swav_dls(
     path_or_files, # Folder of images, searched recursively, a list of image files, or shards: see `Shards`
@@ -424,13 +449,8 @@ def swav_dls(
     files = path_or_files if known else find_images(path_or_files, check, skip_bad, follow_links, window=window,
                                                     n_in=n_in)
     splits = random_split(len(files), valid_pct, seed, find_copies(files) if check else ())
-    block = image_block(n_in, (w,h), window, background)
-    dblock,items = image_data_block(files, block, splits, resize(n_in, (h,w), method))
-    kwargs = workers_of_parts(files, splits, num_workers)|kwargs
-    dls = dblock.dataloaders(items, bs=fit_bs(bs, len(splits[0])), device=device, **kwargs)
-    dls.image_settings = dict(window=window, background=background)
-    dls.skipped = skip_unreadable(block, files) if skip_bad else None
-    return dls
+    return image_dls(files, splits, n_in, (h,w), fit_bs(bs, len(splits[0])), window=window, background=background,
+                     method=method, skip_bad=skip_bad, num_workers=num_workers, device=device, **kwargs)
 
 # %% ../nbs/30_data.ipynb #d698e15f
 class TensorImages:

@@ -13,7 +13,7 @@ import numpy as np, torch
 from fastai.torch_core import default_device
 from .args import EmbedArgs
 from .checkpoints import encoder_settings, load_encoder, load_whitening
-from .data import find_images, image_block, image_data_block, list_images, resize, workers_of_parts
+from .data import find_images, image_dls, list_images
 from .evaluate import extract_features, normalized
 from .collectives import rank_here, world
 from .files import atomic_path, check_writable, file_digest
@@ -55,11 +55,8 @@ def folder_features(
     if not files: raise ValueError(f"no readable image in {folder}")
     size = settings.get('size') or size_and_channels(files)[0]
     device = default_device() if device is None else torch.device(device)
-    block = image_block(n_in, (size,size), window, background)
-    splits = range(len(files)),[]
-    dblock,items = image_data_block(files, block, splits, resize(n_in, (size,size)))
-    dls = dblock.dataloaders(items, bs=min(bs, len(files)), device=device,
-                             **workers_of_parts(files, splits, num_workers))
+    dls = image_dls(files, (range(len(files)),[]), n_in, size, min(bs, len(files)), window=window,
+                    background=background, num_workers=num_workers, device=device)
     loader = normalized(dls, settings.get('stats')).train
     layer = load_whitening(path) if whiten else None
     if whiten and layer is None:

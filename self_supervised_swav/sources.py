@@ -13,9 +13,8 @@ from fastai.data.block import CategoryBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import parent_label
 from .collectives import world
-from .data import (digits_dls, fashion_mnist_dls, find_copies, fit_bs, image_block,
-                                       image_data_block, list_images, look_at_images, random_split, resize,
-                                       skip_unreadable, split_bad, workers_of_parts)
+from .data import (digits_dls, fashion_mnist_dls, find_copies, fit_bs, image_dls, list_images,
+                                       look_at_images, random_split, split_bad)
 from .images import check_color_name, check_window, count_of, image_info
 from .ranks import check_same_files
 from .shards import is_address, is_shards, open_shards
@@ -139,14 +138,9 @@ class ImageSource:
         if not (self.channels=={n_in} or self.channels | {n_in}<={1,3}):
             raise ValueError(f"n_in must be the channels of all images, {sorted(self.channels)}, got {n_in}")
         if labeled: self.check_labels()
-        block = image_block(n_in, (size,size), self.window, self.background, targets=labeled)
-        dblock,items = image_data_block(self.files, block, self.splits, resize(n_in, (size,size)),
-                                        *((CategoryBlock(self.vocab),parent_label) if labeled else ()))
-        dls = dblock.dataloaders(items, bs=fit_bs(bs, len(self.splits[0])), device=device,
-                                 **workers_of_parts(self.files, self.splits, num_workers))
-        dls.image_settings = dict(window=self.window, background=self.background)
-        dls.skipped = skip_unreadable(block, self.files) if self.skip_bad else None
-        return dls
+        labels = (CategoryBlock(self.vocab),parent_label) if labeled else ()
+        return image_dls(self.files, self.splits, n_in, size, fit_bs(bs, len(self.splits[0])), labels, self.window,
+                         self.background, skip_bad=self.skip_bad, num_workers=num_workers, device=device)
 
     def _own_dls(self, size, n_in, kwargs):
         if n_in!=1: raise ValueError(f"n_in must be 1 for {self.source}, got {n_in}")
