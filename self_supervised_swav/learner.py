@@ -28,7 +28,7 @@ from .encoders import create_encoder, first_conv
 from .models import in_eval
 from .monitor import CollapseMonitor
 from .multiview import method_named, method_of, methods
-from .optimizer import FreezeEncoder, encoder_split
+from .optimizer import DecayToStart, FreezeEncoder, encoder_split
 from .precision import is_fast
 from .recipes import Recipe, continued
 
@@ -52,7 +52,7 @@ def setting_groups(
         'model': _argument_names(method.create_model, 'encoder'),
         'augs': augs,
         method.name: _argument_names(method.callback.__init__, 'aug_pipelines'),
-        'start': ['encoder_lr_mult','freeze_encoder_pct'],
+        'start': ['encoder_lr_mult','freeze_encoder_pct','wd_to_start'],
         'learner': _argument_names(Learner.__init__, 'dls', 'model', 'cbs')}
 
 # %% ../nbs/31_learner.ipynb #c12471fc
@@ -325,13 +325,14 @@ def _fill_recipe(recipe, given, learner, n_in, own_opt, stats=None):
     return recipe.override(**given, **in_recipe)
 
 def _start_slowly(learner, settings):
-    "Two groups with their learning rates for the Learner; the callback that lets the head learn alone at first"
+    "Two groups with their learning rates for the Learner; the callbacks that keep what the encoder knows"
     mult,pct = settings.get('encoder_lr_mult', 1.),settings.get('freeze_encoder_pct', 0.)
     if not 0<mult<=1: raise ValueError(f"encoder_lr_mult must be more than 0 and at most 1, got {mult}")
     lr = learner.get('lr', defaults.lr)
     if 'splitter' not in learner and mult<1 and not isinstance(lr, slice):
         learner |= dict(splitter=encoder_split, lr=slice(lr*mult, lr))
-    return [FreezeEncoder(pct)] if pct else []
+    cbs = [FreezeEncoder(pct)] if pct else []
+    return [*cbs, DecayToStart(settings['wd_to_start'])] if settings.get('wd_to_start') else cbs
 
 def pretrain_learner(
     dls, # DataLoaders of images, with or without labels

@@ -1,9 +1,11 @@
 "What an encoder starts from, and whether it became better than that: several encoders beside each other."
 import json, re, sys
+from functools import partial
 from pathlib import Path
 import pytest, torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from fastai.optimizer import SGD
 from fastai.torch_core import trainable_params
 from fastai.vision.augment import Normalize
 from fastai.vision.core import imagenet_stats
@@ -11,6 +13,7 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from helpers import digits, seed_all, small_encoder, small_learner
+from test_resume import PowerCut, cut_after
 from self_supervised_swav import compare, runs
 from self_supervised_swav.checkpoints import encoder_settings, load_encoder, save_encoder
 from self_supervised_swav.compare import AsTrained, compare_encoders, evaluate_run, mean_ci, percent, points
@@ -21,6 +24,7 @@ from self_supervised_swav.learner import pretrain_learner
 from self_supervised_swav.multiview import methods
 from self_supervised_swav.optimizer import encoder_split, lars
 from self_supervised_swav.recipes import swav_recipe
+from self_supervised_swav.resume import ResumeTraining
 from self_supervised_swav.whitening import Whitening
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -277,6 +281,48 @@ def test_head_alone_is_the_same_as_an_encoder_without_gradients():
     a,b = trained(True, freeze_encoder_pct=1.),trained(False, freeze_encoder_pct=0.)
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=0)
 
+def test_decay_to_the_start():
+    "By hand: SGD, and after each step a share of the way back; the optimizer's own decay leaves the encoder alone"
+    def trained(**kwargs):
+        seed_all()
+        learn = learner(digits(60), small_encoder(), init=True, opt_func=partial(SGD, wd=.5), lr=.05,
+                        encoder_lr_mult=1., freeze_encoder_pct=0., crop_sizes=(12,8), **kwargs)
+        start = [p.detach().clone() for p in learn.model.encoder.parameters()]
+        return learn,start
+    class ByHand(Callback):
+        "Plain SGD of the encoder, towards `start`"
+        run_valid = False
+        def before_step(self):
+            self.want = [(p-.05*p.grad).lerp(o, .05*2.).detach() for p,o in
+                         zip(self.model.encoder.parameters(), self.first)]
+        def after_step(self):
+            for p,o in zip(self.model.encoder.parameters(), self.want): torch.testing.assert_close(p.detach(), o)
+    check = ByHand()
+    learn,check.first = trained(wd_to_start=2.)
+    learn.add_cb(check)
+    check.order = learn.decay_to_start.order+1
+    learn.fit(2)
+    far = sum((p.detach()-o).norm()**2 for p,o in zip(learn.model.encoder.parameters(), check.first))
+    free,start = trained()
+    free.fit(2)
+    assert far<sum((p.detach()-o).norm()**2 for p,o in zip(free.model.encoder.parameters(), start))
+
+def test_decay_to_the_start_after_a_stop(tmp_path):
+    "The start is that of the first fit, not where the fit was taken up"
+    def new(name):
+        seed_all()
+        return learner(digits(60), small_encoder(), init=True, wd_to_start=5., crop_sizes=(12,8), freeze_encoder_pct=0.,
+                       cbs=ResumeTraining(tmp_path/name, every=1))
+    whole = new('whole.pth')
+    whole.fit(2)
+    cut = new('last.pth')
+    cut_after(cut, 4)
+    with pytest.raises(PowerCut): cut.fit(2)
+    again = new('last.pth')
+    for p in again.model.encoder.parameters(): p.data.mul_(1.5)  # what it is built with does not matter
+    again.fit(2)
+    for a,b in zip(again.model.parameters(), whole.model.parameters()): assert torch.equal(a, b)
+
 def test_rates_that_are_given(old):
     "A rate scales both groups; a slice, a splitter and a ratio of one are taken as they are"
     def rate(**kwargs): return learner(digits(60), None, init=old, **kwargs).lr
@@ -320,6 +366,7 @@ def test_other_checkpoints(tmp_path, capsys):
     (dict(arch=small_encoder()), 'init must be True for an encoder that is there'),
     (dict(encoder_lr_mult=2.), 'encoder_lr_mult must be more than 0 and at most 1, got 2'),
     (dict(encoder_lr_mult=0.), 'encoder_lr_mult must be more than 0 and at most 1, got 0'),
+    (dict(wd_to_start=-1.), 'wd_to_start must be 0 or more, got -1'),
     (dict(freeze_encoder_pct=-1.), 'freeze_encoder_pct must be between 0 and 1, got -1')])
 def test_starts_refused(kwargs, match, old):
     n_in,kwargs = kwargs.get('n_in', 1),{k: v for k,v in (dict(init=old)|kwargs).items() if k!='n_in'}
