@@ -77,9 +77,12 @@ def _sum_of_rows(scores, codes, grad, assign_ids, temp, safe, scale):
         x = torch.addcmul(scores.amax(2, keepdim=True).mul_(-.5), scores, scores.new_ones(()), value=.5, out=grad)
         q_by,t_by = codes*(2/temp),target*(2/temp)
     cross = torch.bmm(t_by[:,None], x.permute(1, 2, 0))[:,0].T
-    for v,m,q in zip(assign_ids, mass, q_by):
-        weight[v] -= m
-        cross[v] -= torch.linalg.vecdot(q, x[v])
+    for i,v in enumerate(assign_ids):
+        weight[v] -= mass[i]
+        if safe: cross[v] -= torch.linalg.vecdot(codes[i], x[v])
+        else:  # from the others' codes alone: a difference of sums may be one of two infinities
+            others = [j for j in range(len(assign_ids)) if j!=i]
+            cross[v] = torch.linalg.vecdot(pick_crops(q_by, others).sum(0), x[v]) if others else 0.
     # p: the exponentials, in the gradient's memory if there is one
     if safe: p = torch.mul(scores, 1/(temp*_ln2), out=grad).exp2_()
     else: p = x.mul_(2/(temp*_ln2)).exp2_()

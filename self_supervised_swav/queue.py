@@ -55,6 +55,7 @@ class FeatureQueue(nn.Module):
         if x.ndim!=3 or (x.shape[0],x.shape[2])!=(n_crops,dim) or not length:
             raise ValueError(f"x must have the shape ({n_crops},B,{dim}) of a queue with places, this one has "
                              f"{length}; got {tuple(x.shape)}")
+        if x.is_complex(): raise ValueError(f"x must be real numbers, got {x.dtype}")
         if group is not None:
             sizes = sizes or [int(n) for n, in exchange(x.shape[1], device=x.device, group=group)]
             x = gather_rows(x, sizes, group)

@@ -115,6 +115,16 @@ def test_any_scores(V, B, K, log_temp, log_size, dtype, strided, equal, data):
     if want+error<torch.finfo(dtype).max/V: assert abs(got.double()-want)<=error
     assert not got.isnan()
 
+@pytest.mark.parametrize('ids', [[0],[1],[0,1]])
+def test_scores_beyond_float32(ids):
+    "Scores over the temperature are no float any more: the loss is inf or what the other crop says, and never nan"
+    scores = torch.tensor([[[0.,1e19]],[[1e19,-1e19]]])
+    codes = torch.tensor([[[.3,.7]],[[.6,.4]]])[:len(ids)]
+    for temp in (1e-21,1e-30): assert swapped_loss(scores, codes, ids, temp)==torch.inf
+    same = scores[:1].expand(2, 1, 2)
+    sure = torch.tensor([[[0.,1.]]]).expand(len(ids), 1, 2)
+    assert swapped_loss(same, sure, ids, 1e-21)==0
+
 @pytest.mark.parametrize('B', [1,7,64])
 def test_blocks(B, monkeypatch):
     "Images in blocks of any size: the same loss and gradient"
