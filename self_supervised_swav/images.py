@@ -250,6 +250,7 @@ def _open_array(fn, n_in=None):
         def read(): return _tifffile().imread(_stream(fn), series=0)
     if len(shape) not in (2,3):
         raise ValueError(f"it holds an array of shape {tuple(shape)}: an image has 2 or 3 dimensions")
+    if 0 in shape: raise ValueError(f"it holds an array of shape {tuple(shape)}: an image has pixels")
     if len(shape)==2: axis,channels,size = None,1,shape
     else:
         named = [i for i,o in enumerate(axes) if o in 'SC']

@@ -142,8 +142,9 @@ def check_index(path):
 
 run = dict(args=dict(source='digits', bs=32, epochs=2, settings=['temp=.1']), recipe=dict(swav=dict(temp=.1)))
 def check_config(path):
-    res = called(configured, PretrainArgs('digits', config=str(path)), names=[path.name])
-    if res is not None: called(res[0].check, names=[f.name for f in fields(PretrainArgs)])
+    names = [path.name, *(f.name for f in fields(PretrainArgs))]
+    res = called(configured, PretrainArgs('digits', config=str(path)), names=names)
+    if res is not None: called(res[0].check, names=names)
 
 readers = {  # name of a file, what it holds, and what reads it
     'encoder': ('a.safetensors', data, check_encoder),

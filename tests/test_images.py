@@ -46,6 +46,11 @@ def test_tiff_directories_without_an_end(tmp_path, kind, entries, back):
     for read in (image_info,read_image):
         with pytest.raises(ValueError, match='more entries than it has bytes'): read(tmp_path/'a.tif')
 
+def test_images_without_pixels(tmp_path):
+    np.save(tmp_path/'a.npy', np.zeros((0,10**9), np.uint8))
+    for read in (image_info,read_image):
+        with pytest.raises(ValueError, match='an image has pixels'): read(tmp_path/'a.npy')
+
 def test_12_bit_tiff(tmp_path):
     "Two pixels in three bytes: 0 and 4095"
     entries = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
