@@ -1226,8 +1226,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'self_supervised_swav/images.py'),
                                              'self_supervised_swav.images._open_image': ( 'images.html#_open_image',
                                                                                           'self_supervised_swav/images.py'),
-                                             'self_supervised_swav.images._open_tiff': ( 'images.html#_open_tiff',
-                                                                                         'self_supervised_swav/images.py'),
                                              'self_supervised_swav.images._opened': ( 'images.html#_opened',
                                                                                       'self_supervised_swav/images.py'),
                                              'self_supervised_swav.images._orientation': ( 'images.html#_orientation',

@@ -220,10 +220,6 @@ def _check_directories(fn):
             f.seek(n*entry, os.SEEK_CUR)
             at = f.read(n_link)
 
-def _open_tiff(fn):
-    _check_directories(fn)
-    return _tifffile().TiffFile(_stream(fn))
-
 def _load_array(fn):
     "The array in a `.npy` file or in the bytes of one"
     if not isinstance(fn, StoredImage): return np.load(fn, mmap_mode='r', allow_pickle=False)
@@ -245,7 +241,8 @@ def _open_array(fn, n_in=None):
         if not isinstance(a, np.ndarray): raise ValueError("it holds several arrays: an image is one")
         shape,dtype,axes,read = a.shape,a.dtype,'',lambda: a
     else:
-        with _open_tiff(fn) as f:
+        _check_directories(fn)
+        with _tifffile().TiffFile(_stream(fn)) as f:
             shape,dtype,axes = (getattr(f.series[0], o) for o in ('shape','dtype','axes'))
         def read(): return _tifffile().imread(_stream(fn), series=0)
     if len(shape) not in (2,3):
@@ -278,7 +275,7 @@ def _open_image(fn):
     if im.format!='TIFF': return im
     _check_directories(fn)
     if im.n_frames==1: return im
-    with _open_tiff(fn) as f:
+    with _tifffile().TiffFile(_stream(fn)) as f:
         is_stack = len(f.series[0].pages)>1  # other pages may be smaller versions
     if not is_stack: return im
     im.close()

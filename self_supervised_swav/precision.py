@@ -54,7 +54,7 @@ class DeviceMixedPrecision(MixedPrecision):
         **kwargs
     ):
         super().__init__(amp_mode, **kwargs)
-        self.force,self.wrapped,self.guarded = force,None,[]
+        self.force,self.wrapped = force,[]
 
     def before_fit(self):
         self.unwrap()  # after a fit that ended in an error
@@ -73,8 +73,8 @@ class DeviceMixedPrecision(MixedPrecision):
         if not on: return
         if device.type=='cpu':
             self.model.to(memory_format=torch.channels_last)
-            self.guarded = _guard_convs(self.model)
-        self.wrapped = (self.model, vars(self.model).get('forward'))
+            self.wrapped = [(m,None) for m in _guard_convs(self.model)]
+        self.wrapped.append((self.model, vars(self.model).get('forward')))
         self.model.forward = self.autocast(self.model.forward)
 
     def before_batch(self): "Autocast goes on in the forward pass"
@@ -84,11 +84,10 @@ class DeviceMixedPrecision(MixedPrecision):
         super().after_fit()
     def unwrap(self):
         "Give the model and its convolutions their own `forward` back"
-        while self.guarded: del self.guarded.pop().forward
-        if not self.wrapped: return
-        (model,own),self.wrapped = self.wrapped,None
-        if own: model.forward = own
-        else: del model.forward
+        while self.wrapped:
+            module,own = self.wrapped.pop()
+            if own: module.forward = own
+            else: del module.forward
 
 # %% ../nbs/29_precision.ipynb #0e0e499b
 @patch
