@@ -767,6 +767,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'self_supervised_swav/encoders.py'),
                                                'self_supervised_swav.encoders._widen_stem': ( 'encoders.html#_widen_stem',
                                                                                               'self_supervised_swav/encoders.py'),
+                                               'self_supervised_swav.encoders.check_size': ( 'encoders.html#check_size',
+                                                                                             'self_supervised_swav/encoders.py'),
                                                'self_supervised_swav.encoders.create_encoder': ( 'encoders.html#create_encoder',
                                                                                                  'self_supervised_swav/encoders.py'),
                                                'self_supervised_swav.encoders.create_fastai_encoder': ( 'encoders.html#create_fastai_encoder',

@@ -12,16 +12,13 @@ from itertools import groupby
 
 import torch, torch.nn.functional as F
 from torch import nn
-from .encoders import first_conv
+from .encoders import check_size, first_conv
 from .queue import FeatureQueue
 from .sinkhorn import no_autocast
 
 # %% ../nbs/10_models.ipynb #3ff731be
 def _check_sizes(**sizes):
-    for name,v in sizes.items():
-        if not isinstance(v, int) or v < 1: raise ValueError(f"{name} must be a positive whole number, got {v!r}")
-        most = 100 if name=='nlayers' else 1_000_000  # what is far more fills the memory before anything is said
-        if v > most: raise ValueError(f"{name} must be at most {most:,}, got {v}")
+    for name,v in sizes.items(): check_size(name, v, 100 if name=='nlayers' else 1_000_000)
 
 def create_mlp_module(
     dim_in:int, # Width of the input

@@ -29,7 +29,7 @@ def _refuse_network(event, args):
 
 def python_path(*folders):
     "The PYTHONPATH of a process that is to have no network"
-    return os.pathsep.join(map(str, [inside, *folders]))
+    return os.pathsep.join(dict.fromkeys(map(str, [inside, *folders])))
 
 def close_network():
     "In this process; a second call changes nothing"
@@ -62,5 +62,5 @@ def enter(
     if unknown := set(filter(None, names))-set(lacks):
         raise ValueError(f"SWAV_PRETEND must name some of {', '.join(lacks)}, got {', '.join(sorted(unknown))}")
     close_network()
-    os.environ['PYTHONPATH'] = python_path(*filter(None, [os.environ.get('PYTHONPATH')]))
+    os.environ['PYTHONPATH'] = python_path(*filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep)))
     for name in filter(None, names): lacks[name]()
