@@ -697,9 +697,9 @@ class PretrainRun:
         write_json(saved, path)
 
     def _undo(self, made):
-        "A run without a checkpoint leaves nothing behind"
-        for o in ('settings.json','history.csv','history.jsonl'): (self.out/o).unlink(missing_ok=True)
-        if made: self.out.rmdir()
+        "A run without a checkpoint leaves nothing behind but an encoder that it wrote"
+        for o in ('settings.json','bad_files.txt','history.csv','history.jsonl'): (self.out/o).unlink(missing_ok=True)
+        if made and not any(self.out.iterdir()): self.out.rmdir()
 
     def _keep_batch(self, e):
         "Write what `replay_batch` needs, and say so in the error"

@@ -95,6 +95,22 @@ def test_a_disk_fails(command, photos, whole, tmp_path, monkeypatch, kind, n_goo
     assert (out/'last.pth').exists() and not list(out.glob('*.tmp'))
     goes_on(command, photos, out, whole, err)
 
+@pytest.mark.parametrize('every', [2,None])
+def test_a_disk_has_no_room_for_a_checkpoint(command, photos, tmp_path, monkeypatch, every):
+    "The first one fails: that is the error, and nothing is left but an encoder that was written before it"
+    out,flush = tmp_path/'run',files._flush
+    def failing(path, flags):
+        if Path(path).name=='last.pth.tmp': raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(path, flags)
+    monkeypatch.setattr(files, '_flush', failing)
+    every = ['--every', every] if every else []
+    code,_,err = command(*arguments(photos, out), '--bs', 8, '--epochs', 3, '--no-knn', *every, *tiny_run)
+    assert code==2 and os.strerror(errno.ENOSPC) in err and 'last.pth' in err and 'Traceback' not in err, err
+    if every: assert not out.exists()
+    else:
+        assert sorted(o.name for o in out.iterdir())==['encoder.safetensors']
+        load_encoder(out/'encoder.safetensors')
+
 # --- loaders, clock, Ctrl-C -------------------------------------------------------------------------------------------
 def test_a_loader_dies(command, photos, whole, tmp_path, monkeypatch):
     "Killed by the system, for example for its memory"
