@@ -30,6 +30,9 @@ quick = {'digits': dict(full['digits'], n_source=200, source_epochs=1, valid_pct
 arch = dict(layers=(1,1,1,1), zero_init_last=False)
 # what each start gives to the learner; from random weights where it is None
 arms = {'from scratch': None, 'continued': {},
+        'continued, one rate': dict(encoder_lr_mult=1.),
+        'continued, a third of the rate': dict(encoder_lr_mult=.3),
+        'continued, not frozen': dict(freeze_encoder_pct=0.),
         'continued, one rate, not frozen': dict(freeze_encoder_pct=0., encoder_lr_mult=1.),
         'continued, decay to the start': dict(wd_to_start=10.)}
 

@@ -18,10 +18,9 @@ import numpy as np
 from fastcore.parallel import parallel
 from fasttransform import Transform
 from fastai.data.core import TfmdDL
-from fastai.data.transforms import image_extensions
 from fastai.torch_core import num_distrib
 from .files import atomic_path
-from .images import StoredImage, count_of, escape_name
+from .images import StoredImage, count_of, escape_name, is_image_name
 
 # %% ../nbs/15_shards.ipynb #5a4d0006
 _most_shards = 1_000_000
@@ -111,8 +110,6 @@ class Texts(Sequence):
         if not 0<=i<len(self): raise IndexError(i)
         return self.data[self.ends[i]:self.ends[i+1]].tobytes().decode('utf-8', 'surrogateescape')
 
-def _is_image_kind(ext): return os.path.splitext('x.'+ext)[1].lower() in image_extensions|{'.npy'}
-
 def key_and_extension(
     name # Of a member
 )->tuple: # ('a/0001','jpg') for 'a/0001.jpg'; (None,None) for hidden files and names without a dot
@@ -147,7 +144,7 @@ def make_index(
     images,labels = [],[]
     for key,found in groups.items():
         kinds = [kind for kind,_ in found]
-        wanted = [o for o in kinds if (_is_image_kind(o) if ext is None else o==ext)]
+        wanted = [o for o in kinds if (is_image_name('x.'+o) if ext is None else o==ext)]
         wanted = [o for o in wanted if not o.lower().endswith('npy')] or wanted
         if not wanted: continue
         if len(wanted)>1:

@@ -1,5 +1,5 @@
 "Files that real folders hold: each test fails where such a file is read silently wrong, twice, or not at all"
-import csv, os, struct, warnings, zlib
+import csv, os, struct, sys, warnings, zlib
 import numpy as np, pytest, torch
 from pathlib import Path
 from PIL import Image, ImageOps
@@ -282,6 +282,57 @@ def test_from_five_channels_to_features(tmp_path):
     assert table[0] == ['file', *(f'feature_{i}' for i in range(d))]
     assert [o for o, *_ in table[1:]] == [o for o, _ in rows[1:]]
     assert np.array_equal(np.array([r[1:] for r in table[1:]], dtype=np.float32), np.load(tmp_path/'features.npy'))
+
+# --- kinds of files ---------------------------------------------------------------------------------------------------
+def blocks():
+    colors = np.uint8([[[250,0,0],[0,250,0],[0,0,250]]]*2)
+    return Image.fromarray(np.kron(colors, np.ones((16,16,1), np.uint8)))
+
+@pytest.mark.parametrize('name', ['a.heic','a.HEIF','a.jpg'])
+def test_photographs_of_iphones(tmp_path, name):
+    "By what they hold, whatever they are called"
+    heif = pytest.importorskip('pillow_heif')
+    heif.from_pillow(blocks()).save(tmp_path/'x.heic', quality=90)
+    (tmp_path/'x.heic').rename(tmp_path/name)
+    assert image_info(tmp_path/name)[:3]==(48,32,3)
+    got = np.asarray(read_image(tmp_path/name), int)[4:28,[8,24,40]]
+    # centers of even blocks, after YCbCr of half the size and a quantization of quality 90: 250 stays above 200
+    assert (got.argmax(-1)==[0,1,2]).all() and (got.max(-1)>200).all() and (np.sort(got, -1)[...,:2]<50).all()
+
+def test_heif_without_its_package(tmp_path, monkeypatch):
+    (tmp_path/'a.heic').write_bytes(b'\0\0\0\x1cftypheic'+bytes(40))
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    monkeypatch.delitem(Image.OPEN, 'HEIF', raising=False)
+    [why] = check_images([tmp_path/'a.heic']).values()
+    assert why=='it is a HEIF photograph: pip install pillow-heif to read it'
+
+def test_names_do_not_depend_on_the_machine(tmp_path, monkeypatch):
+    "`mimetypes` knows other names on other systems; WebP was none of them before Python 3.13"
+    import mimetypes
+    monkeypatch.setattr(mimetypes, 'types_map', {})
+    for o in ('a.webp','b.JPEG','c.tiff','d.npy','e.heic','f.svg','g.txt','h','i.hdr'): (tmp_path/o).touch()
+    assert [o.name for o in image_files(tmp_path)]==['a.webp','b.JPEG','c.tiff','e.heic','f.svg']
+
+def test_every_kind_that_pillow_reads(tmp_path):
+    "What is written under a usual name is found and read"
+    n = 0
+    for ext in 'png jpg webp gif bmp tif avif jp2 ppm tga pcx ico dds qoi sgi xbm jfif'.split():
+        im = blocks() if ext!='xbm' else blocks().convert('1')
+        try: im.save(tmp_path/f'a.{ext}')
+        except (KeyError,OSError,ValueError): continue  # this Pillow cannot write it
+        assert read_image(tmp_path/f'a.{ext}').size==Image.open(tmp_path/f'a.{ext}').size, ext
+        n += 1
+    assert n>10 and len(image_files(tmp_path))==n and not check_images(image_files(tmp_path))
+
+@pytest.mark.parametrize('name', ['a.png','a.eps'])
+def test_no_program_is_started_for_an_image(tmp_path, monkeypatch, name):
+    "Pillow hands PostScript to Ghostscript"
+    import subprocess
+    def started(*args, **kwargs): raise AssertionError('a program was started')
+    for o in ('Popen','run','check_call','check_output','call'): monkeypatch.setattr(subprocess, o, started)
+    (tmp_path/name).write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
+    why = check_images([tmp_path/name])[tmp_path/name]
+    assert why==('its content is not that of an image' if name=='a.png' else 'it is a vector drawing: save it as PNG')
 
 real = Path('/usr/share/openclipart/png')
 @pytest.mark.skipif(not real.exists(), reason="needs Debian's package openclipart-png")
