@@ -25,12 +25,13 @@ from self_supervised_swav.select import select_to_label
 here = Path(__file__).resolve().parent
 sizes = 10,20,30,50,100,200,500
 methods = 'typical','coverage','random'
+tuned_draws = {10: 10, 20: 10, 30: 10, 50: 10, 100: 10, 200: 3, 500: 3}  # of fine-tuning, for each number of labels
 full = {'fashion-mnist': dict(size=28, n_in=1, bs=128, epochs=4, channels=(32,64,128,256), small_images=True,
-                              sizes=sizes, draws=10, tuned=(30,100), tune_draws=10, n_tune_test=2000),
+                              sizes=sizes, draws=10, tuned=tuned_draws, n_tune_test=2000),
         'clipart': dict(size=64, n_in=3, bs=128, epochs=5, channels=(32,64,128,256), small_images=False,
-                        sizes=sizes, draws=10, tuned=(30,100), tune_draws=10, n_tune_test=2000)}
+                        sizes=sizes, draws=10, tuned=tuned_draws, n_tune_test=2000)}
 quick = {'digits': dict(size=16, n_in=1, bs=32, epochs=1, channels=(4,8,8,16), small_images=True, sizes=(10,20),
-                        draws=2, tuned=(10,), tune_draws=1, n_tune_test=100)}
+                        draws=2, tuned={10: 1}, n_tune_test=100)}
 
 # --- images -----------------------------------------------------------------------------------------------------------
 clipart_root = Path('/usr/share/openclipart/png')
@@ -136,29 +137,26 @@ def probes(out, data, s, method, draw, todo=True):
                version=version(chosen, probe_accuracy, pool_of, *parts[method]))
     return piece(out, f'{data}-{method}-{draw}', key, f if todo else None)
 
-def tunings(out, data, s, method, draw, todo=True):
-    "Accuracy after fine-tuning the whole encoder on the labels, on a part of the test images"
+def tuning(out, data, s, method, draw, n, todo=True):
+    "Accuracy after fine-tuning the whole encoder on `n` labels, on a part of the test images"
     base = pretrained(out, data, s, todo=False)
     def f():
-        dls,res = get_dls(data, s),{}
+        dls = get_dls(data, s)
         train,_ = features(out, data)
-        y,n_test = train[1],s['n_tune_test']
         x = [torch.as_tensor(ds.x) for ds in (dls.train.dataset,dls.valid.dataset)]
-        part = torch.randperm(len(x[1]), generator=torch.Generator().manual_seed(0))[:n_test]
-        for n in s['tuned']:
-            idxs = chosen(train[0], n, method, draw)
-            few = tensor_dls(torch.cat([x[0][idxs],x[1][part]]), torch.cat([y[idxs],dls.valid.dataset.y[part]]),
-                             vocab=dls.train.dataset.vocab, bs=min(64, n), splits=(range(n),range(n, n+len(part))),
-                             device='cpu')
-            encoder = new_encoder(s)
-            encoder.load_state_dict(load_file(out/f'{data}.safetensors'))
-            set_seed(draw)
-            res[str(n)] = tuned(encoder, few, 60, pretrained=True)
-        return dict(at=res)
+        part = torch.randperm(len(x[1]), generator=torch.Generator().manual_seed(0))[:s['n_tune_test']]
+        idxs = chosen(train[0], n, method, draw)
+        set_seed(draw)  # the order of the batches, too
+        few = tensor_dls(torch.cat([x[0][idxs],x[1][part]]), torch.cat([train[1][idxs],dls.valid.dataset.y[part]]),
+                         vocab=dls.train.dataset.vocab, bs=min(64, n), splits=(range(n),range(n, n+len(part))),
+                         device='cpu')
+        encoder = new_encoder(s)
+        encoder.load_state_dict(load_file(out/f'{data}.safetensors'))
+        return dict(at={str(n): tuned(encoder, few, 60, pretrained=True)})
     if base is None: return None
-    key = dict(base=base['key'], sizes=s['tuned'], n_test=s['n_tune_test'], method=method, draw=draw,
+    key = dict(base=base['key'], labels=n, n_test=s['n_tune_test'], method=method, draw=draw,
                version=version(chosen, tuned, pool_of, *parts[method]))
-    return piece(out, f'{data}-{method}-{draw}-tuned', key, f if todo else None)
+    return piece(out, f'{data}-{method}-{draw}-tuned-{n}', key, f if todo else None)
 
 parts = dict(typical=[_select._typical,_select._typicality,_select._cluster],
              coverage=[_select._coverage,_select._covering], random=[])
@@ -181,10 +179,10 @@ def verdict(differences):
     if ci is None: return ''
     return 'better' if m-ci>0 else 'worse' if m+ci<0 else 'not clear'
 
-def rows_of(get, sizes, draws, what):
-    "A row for each size: the accuracy of each method, and what choosing gains, paired by the draw"
-    for n in sizes:
-        by = {m: {d: r['at'][str(n)] for d in range(draws) if (r := get(m, d))} for m in methods}
+def rows_of(get, draws, what):
+    "A row for each size in `draws`: the accuracy of each method, and what choosing gains, paired by the draw"
+    for n,n_draws in draws.items():
+        by = {m: {d: r['at'][str(n)] for d in range(n_draws) if (r := get(m, d, n))} for m in methods}
         common = set.intersection(*map(set, by.values()))  # the draws that all methods have
         if not common: continue
         by = {m: {d: v[d] for d in sorted(common)} for m,v in by.items()}
@@ -206,9 +204,9 @@ def report(out, settings):
     for data,s in settings.items():
         base = pretrained(out, data, s, todo=False)
         if base is None: continue
-        rows = [*rows_of(lambda m,d: probes(out, data, s, m, d, todo=False), s['sizes'], s['draws'], 'probe'),
-                *rows_of(lambda m,d: tunings(out, data, s, m, d, todo=False), s['tuned'], s['tune_draws'],
-                         'fine-tuned')]
+        rows = [*rows_of(lambda m,d,n: probes(out, data, s, m, d, todo=False), dict.fromkeys(s['sizes'], s['draws']),
+                         'probe'),
+                *rows_of(lambda m,d,n: tuning(out, data, s, m, d, n, todo=False), s['tuned'], 'fine-tuned')]
         said = (f"{data}: {base['all_labels']:.1%} with the labels of all training images (probe), "
                 f"{base['largest']:.1%} for the largest class always.")
         texts.append('\n'.join([said, '', line(head), line(['---']*len(head)), *map(line, rows)]))
@@ -234,11 +232,11 @@ def main(argv=None):
     out = args.out/'quick' if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # CPU times of one thread compare on a machine that does other things
-    todo = [] if args.table else [(f, data, s, *more) for f,draws in ((pretrained, None),(probes, 'draws'),
-                                                                      (tunings, 'tune_draws'))
-                                  for data,s in settings.items()
-                                  for more in ([()] if draws is None else [(m,d) for d in range(s[draws])
-                                                                           for m in methods])]
+    todo = [(pretrained,data,s) for data,s in settings.items()]
+    todo += [(probes,data,s,m,d) for data,s in settings.items() for d in range(s['draws']) for m in methods]
+    todo += [(tuning,data,s,m,d,n) for data,s in settings.items() for n,n_draws in s['tuned'].items()
+             for d in range(n_draws) for m in methods]
+    if args.table: todo = []
     for f,data,s,*more in todo:
         if time.time()-start>60*args.minutes: break
         with warnings.catch_warnings():
