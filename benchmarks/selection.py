@@ -234,8 +234,8 @@ def main(argv=None):
     torch.set_num_threads(1)  # CPU times of one thread compare on a machine that does other things
     todo = [(pretrained,data,s) for data,s in settings.items()]
     todo += [(probes,data,s,m,d) for data,s in settings.items() for d in range(s['draws']) for m in methods]
-    todo += [(tuning,data,s,m,d,n) for data,s in settings.items() for n,n_draws in s['tuned'].items()
-             for d in range(n_draws) for m in methods]
+    todo += sorted([(tuning,data,s,m,d,n) for data,s in settings.items() for n,n_draws in s['tuned'].items()
+                    for d in range(n_draws) for m in methods], key=lambda o: o[-1])
     if args.table: todo = []
     for f,data,s,*more in todo:
         if time.time()-start>60*args.minutes: break
