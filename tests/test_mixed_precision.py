@@ -80,11 +80,11 @@ class Forwards(Callback):
 def test_gradients_on_the_smallest_maps(kernel, stride, groups, layout):
     """Those of float32, with the output and the gradient rounded to bfloat16. Memory is filled with nan before: where a
     stride is larger than the map, oneDNN leaves what it finds"""
-    pad = kernel//2
+    pad,n_images = kernel//2,8
     for size in range(max(1, kernel-2*pad), 6):
         conv = nn.Conv2d(8, 16, kernel, stride, pad, groups=groups, bias=False).to(memory_format=layout)
         with torch.no_grad(): conv.weight.copy_(conv.weight.bfloat16())
-        x = torch.randn(8, 8, size, size).bfloat16().float().to(memory_format=layout)
+        x = torch.randn(n_images, 8, size, size).bfloat16().float().to(memory_format=layout)
         y = conv(x)
         expected, = torch.autograd.grad(y.square().sum(), conv.weight)
         sum_of_abs = torch.nn.grad.conv2d_weight(x.abs(), conv.weight.shape, 2*y.abs(), stride, pad, groups=groups)
@@ -93,7 +93,8 @@ def test_gradients_on_the_smallest_maps(kernel, stride, groups, layout):
         found = [torch.full((conv.weight.numel(),), torch.nan, dtype=t) for t in (torch.bfloat16,torch.float32)*20]
         del found
         grad, = torch.autograd.grad(y.float().square().sum(), conv.weight)
-        assert ((grad-expected).abs()<=2**-7*sum_of_abs).all(), size
+        # a rounding is off by 2**-8 at most: one of the output, and of the sum one after each image on old processors
+        assert ((grad-expected).abs()<=(1+n_images)*2**-8*sum_of_abs).all(), size
 
 def test_a_copy_of_a_guarded_model_is_its_own():
     conv = nn.Conv2d(2, 2, 3, 2, 1)
