@@ -45,11 +45,13 @@ def no_autocast(
 # %% ../nbs/00_sinkhorn.ipynb #6d47c200
 _N_SHARED = 1<<16  # entries from which threads share a block
 
-def _plain_codes(S, eps, n_iters, mid, group, Q):
-    "Write the codes of `S` into `Q`; float32 must hold exp((S-mid)/eps) and what follows from it. Returns the row sums"
+def _plain_codes(S, eps, n_iters, mid, group, Q, scaled=True):
+    """Write the codes of `S` into `Q`; float32 must hold exp((S-mid)/eps) and what follows from it. Returns the row sums
+
+    Not `scaled`: float32 holds what follows without a common factor, too."""
     blocks = _row_blocks(S, Q, whole=_n_whole())
-    u = _column_scale([_exponentials(s, q, mid, eps).sum(0) for s,q in blocks], group)
-    for _ in range(n_iters-1): u = _iterate(blocks, u, group)
+    u = _column_scale([_exponentials(s, q, mid, eps).sum(0) for s,q in blocks], group, scaled)
+    for _ in range(n_iters-1): u = _iterate(blocks, u, group, scaled)
     return _scale_and_normalize(blocks, u)
 
 def _exponentials(s, q, mid, eps):
@@ -57,9 +59,9 @@ def _exponentials(s, q, mid, eps):
     c = 1/(eps*math.log(2))
     return (torch.sub(s, mid, out=q).mul_(c) if mid else torch.mul(s, c, out=q)).exp2_()
 
-def _iterate(blocks, u, group):
+def _iterate(blocks, u, group, scaled=True):
     "One iteration: scale rows to the sum 1 under `u`, and return the `u` that then makes the columns even"
-    return _column_scale([_normalized_column_sums(q, u) for _,q,*_ in blocks], group)
+    return _column_scale([_normalized_column_sums(q, u) for _,q,*_ in blocks], group, scaled)
 
 def _normalized_column_sums(q, u):
     "Column sums of a block whose rows are first scaled to the sum 1 under `u`"
@@ -69,11 +71,11 @@ def _normalized_column_sums(q, u):
     v = torch.bmm(u.expand(n, 1, -1), shares.mT).reciprocal_()
     return torch.bmm(v, shares).sum((0,1))
 
-def _column_scale(sums, group):
-    "The `u` that makes columns even, given their sums in each block; its largest entry is 1"
+def _column_scale(sums, group, scaled=True):
+    "The `u` that makes columns even, given their sums in each block; if `scaled`, its largest entry is 1"
     mass = sums[0] if len(sums)==1 else torch.stack(sums).sum(0)
     mass = _all_reduce(mass, group)
-    return torch.div(mass.min(), mass, out=mass)
+    return torch.div(mass.min(), mass, out=mass) if scaled else mass.reciprocal_()
 
 def _all_reduce(x, group, op=dist.ReduceOp.SUM):
     if group is not None: dist.all_reduce(x, op, group=group)
@@ -175,7 +177,8 @@ def _write_codes(S, eps, n_iters, bound, group, Q):
     "The codes of `S` into `Q`, by the plain iterations where they are safe"
     lo,hi = (-bound,bound) if bound is not None else _score_range(S, group)
     if eps*_SHARPEST>=1 and (hi-lo)/eps<=_MAX_RANGE[S.dtype]:
-        row_sums = _plain_codes(S, eps, n_iters, hi/2+lo/2, group, Q)
+        scaled = group is not None or (hi-lo)/eps + n_iters*math.log(max(S.shape))>_MAX_RANGE[S.dtype]
+        row_sums = _plain_codes(S, eps, n_iters, hi/2+lo/2, group, Q, scaled)
     else:
         if Q.is_set_to(S): S = S.clone()  # it is read again after the first codes are written
         if eps*_SHARPEST<max(1, -lo, hi) or max(-lo, hi)>torch.finfo(S.dtype).max/4:
