@@ -46,9 +46,9 @@ def no_autocast(
 _N_SHARED = 1<<16  # entries from which threads share a block
 
 def _plain_codes(S, eps, n_iters, mid, group, Q, scaled=True):
-    """Write the codes of `S` into `Q`; float32 must hold exp((S-mid)/eps) and what follows from it. Returns the row sums
+    """Write the codes of `S` into `Q`; float32 must hold exp((S-mid)/eps) and what follows from it
 
-    Not `scaled`: float32 holds what follows without a common factor, too."""
+    Not `scaled`: without a common factor, too. Returns the row sums."""
     blocks = _row_blocks(S, Q, whole=_n_whole())
     u = _column_scale([_exponentials(s, q, mid, eps).sum(0) for s,q in blocks], group, scaled)
     for _ in range(n_iters-1): u = _iterate(blocks, u, group, scaled)
