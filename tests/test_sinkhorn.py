@@ -1,4 +1,5 @@
 "Codes: invariants at every setting, and equality with independent implementations."
+import math
 import numpy as np, ot, pytest, torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
@@ -40,6 +41,21 @@ def test_equals_division(B, K, eps, n_iters):
     Q = torch.empty_like(S)
     module._careful_codes(S, eps, n_iters, None, Q)
     torch.testing.assert_close(Q.double(), ref, atol=1e-30, rtol=rtol)
+
+@pytest.mark.parametrize('B,K', [(2,500),(500,2),(40,40)])
+@pytest.mark.parametrize('n_iters', [1,2,4,6])
+@pytest.mark.parametrize('kind', ['signs','one row','one column','blocks'])
+def test_equals_division_at_the_edge_without_a_scale(B, K, n_iters, kind):
+    "Scores that drive `u` far, at the smallest eps for which it has no common factor"
+    torch.manual_seed(0)
+    S = torch.randn(B, K, dtype=torch.double).sign()
+    if kind=='one row': S = torch.ones(B, K).double().index_fill_(0, torch.tensor([0]), -1.)
+    if kind=='one column': S = torch.ones(B, K).double().index_fill_(1, torch.tensor([0]), -1.)
+    if kind=='blocks': S = 1-2.*((torch.arange(B)[:,None]<B//2)==(torch.arange(K)<K//2)).double()
+    eps = 2/(67.99-n_iters*math.log(max(B, K)))
+    ref = by_division(S, eps, n_iters)
+    torch.testing.assert_close(sinkhorn(S.float(), eps, n_iters, bound=1.).double(), ref, atol=1e-16,
+                               rtol=relative_error(torch.float32, B, K, eps, n_iters))
 
 @pytest.mark.parametrize('eps', [1e-3,5e-3,.01,.02])
 @pytest.mark.parametrize('n_iters', [1,3,4,5,8,30])
