@@ -1,8 +1,10 @@
 "Small things that several tests share: no network, an order of the tests, seeds, commands, a trained Learner."
-import os, random, sys
+import os, random, signal, sys
 from pathlib import Path
 os.environ.setdefault('MPLBACKEND', 'agg')
 if 'SWAV_DEVICE' not in os.environ: os.environ['CUDA_VISIBLE_DEVICES'] = ''  # bounds and places are those of a CPU
+# in the background of a shell Ctrl-C is ignored, and would be by all that tests start
+if signal.getsignal(signal.SIGINT)==signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'tools'))
 import sandbox
 sandbox.enter()  # before the package reads anything about the processor

@@ -310,6 +310,11 @@ def _when(ready, p):
         assert p.poll() is None, p.communicate()
         time.sleep(.05)
 
+def _written(path):
+    "When; 0 between the moments in which the old file is renamed and the new one is there"
+    try: return path.stat().st_mtime
+    except FileNotFoundError: return 0
+
 def _children(pid):
     "Processes that `pid` has started"
     found = subprocess.run(['ps','--ppid',str(pid),'-o','pid='], capture_output=True, text=True).stdout.split()
@@ -332,8 +337,8 @@ def test_gpus(photos, tmp_path):
     # nothing is left to restart: the exit code is that of the rank
     p = _swav(*args, '--out', out, '--resume')
     _when(lambda: len(_children(p.pid))==2, p)
-    before = (out/'last.pth').stat().st_mtime
-    _when(lambda: (out/'last.pth').stat().st_mtime>before, p)
+    before = _written(out/'last.pth')
+    _when(lambda: _written(out/'last.pth')>before, p)
     os.kill(_children(p.pid)[1], signal.SIGKILL)
     _,err = p.communicate(timeout=100)
     assert p.returncode==128+signal.SIGKILL and 'was ended by SIGKILL' in err and 'rank 1 (' in err, err
