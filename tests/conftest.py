@@ -16,6 +16,8 @@ from helpers import small_learner
 from self_supervised_swav import cli, report
 from self_supervised_swav.monitor import CollapseMonitor
 
+n_threads = torch.get_num_threads()
+
 def pytest_collection_modifyitems(items):
     """Shuffle the files, and the tests in each, by the seed SWAV_ORDER; a file's tests stay together because they
     share fixtures"""
@@ -31,6 +33,12 @@ def pytest_collection_modifyitems(items):
 def _seeded():
     torch.manual_seed(0)
     yield
+
+@pytest.fixture(autouse=True)
+def _as_many_threads():
+    "A test file or a test that sets another number of threads decides how all that come after it are computed"
+    yield
+    assert torch.get_num_threads()==n_threads, f'{torch.get_num_threads()} threads, {n_threads} at the start'
 
 @pytest.fixture(autouse=True)
 def _no_network():

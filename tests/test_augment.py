@@ -19,7 +19,6 @@ from self_supervised_swav.augment import (BatchAugment, ExactAugment, MultiCrop,
                                           get_swav_aug_pipelines)
 from self_supervised_swav.fused import FusedAugment, color_matrices, hue_matrix
 
-torch.set_num_threads(1)
 n_draws = 2000
 off = dict(flip_p=0., jitter_p=0., bw_p=0., blur_p=0.)
 
