@@ -11,12 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import yaml
 from .args import versions
-from .checkpoints import encoder_settings, load_encoder, load_whitening, save_encoder
+from .checkpoints import encoder_settings, find_encoder, load_encoder, load_whitening, save_encoder
 from .compare import Evaluation
 from .files import atomic_path, check_writable, read_json
 from .images import escape_name
 from .multiview import methods
-from .runs import find_encoder
 
 # %% ../nbs/47_card.ipynb #a2771857
 def _cell(o):
@@ -43,6 +42,14 @@ class _Run:
         "The name of the images, without the folders above it, which are nobody's business"
         source = self.args.get('source') or self.encoder.get('source')
         return None if source is None else Path(source).name
+
+    @property
+    def start(self):
+        "The name of the weights that the training started from; None for random ones"
+        init = self.args.get('init')
+        if init in (None,'timm'): return init and f'{self.arch} of timm'
+        path = Path(init)
+        return path.parent.name if path.name=='encoder.safetensors' else path.name
 
 def _figures(o):
     "Accuracies of the pretrained encoder for the metadata"
@@ -115,6 +122,9 @@ def model_card(
              'classifier.',
              '## Use', _use(run, file, format, normalize), '## Data', _table(('',''), _data_rows(run)),
              'It knows images like these. On images of another kind its features may be worth little: measure them.']
+    if run.start:
+        parts.append(f'The training started from the weights of {_cell(run.start)}: what they were trained on, and '
+                     'their license, count for these weights, too.')
     if recipe := _recipe_rows(run): parts += ['## Training', _table(('part','settings'), recipe)]
     parts.append('## Evaluation')
     if run.evaluation is None: parts.append('Not measured: `swav evaluate RUN LABELED_FOLDER` does it.')

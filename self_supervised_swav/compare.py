@@ -20,7 +20,8 @@ from fastai.torch_core import default_device, set_seed
 from fastai.vision.augment import Normalize
 from .args import EvaluateArgs, check_arg, check_least, label_part, versions
 from .collectives import alone, gather_json, rank_here, world
-from .checkpoints import create_from_settings, encoder_of, encoder_settings, load_encoder
+from .checkpoints import (create_from_settings, encoder_of, encoder_settings, find_encoder,
+                                              load_encoder)
 from .data import labels_of
 from .encoders import first_conv
 from .evaluate import (NoValidation, extract_features, few_label_idxs, few_label_learner,
@@ -29,7 +30,7 @@ from .files import check_writable, file_digest, write_json
 from .models import in_eval
 from .randomness import own_randomness
 from .ranks import check_alike, decided_by_first
-from .runs import find_encoder, saved_args, tell_merged
+from .runs import saved_args, tell_merged
 from .sources import ImageSource, absolute_source
 from .whitening import Whitening
 
@@ -120,8 +121,8 @@ class Evaluation(dict):
         if seeds>2: told = f"{seeds} seeds: mean and 95 % confidence interval over them."
         text = f"{told} {self['n_train']:,} labeled training images."
         if self['source']=='digits':
-            text += ("\nRaw pixels nearly solve these digits once all labels are known: "
-                     "what the pretraining gains is in the column with few labels.")
+            text += ("\nRaw pixels nearly solve these digits once all labels are known: whether the pretraining is "
+                     "worth it, the columns with few labels say.")
         if len(self.get('encoders', ()))<2: return text
         text += (f"\nA figure without an interval is uncertain by up to ± {98/math.sqrt(n):.1f} points: it is counted "
                  f"on {n:,} images. The intervals are over draws of labels: each encoder is one training, and another "
@@ -394,7 +395,7 @@ def _entry_of(name, o, dls, device, size):
     "A named encoder, Learner, run or file as an entry"
     if not isinstance(name, str) or not name.strip() or re.search(r'[|\r\n]', name):
         raise ValueError(f"encoders must have names in one line, without |, got {name!r}")
-    if isinstance(o, (str,Path)): o = load_encoder(find_encoder(o))
+    if isinstance(o, (str,Path)): o = load_encoder(o)
     try: encoder,views = encoder_of(o)
     except TypeError:
         raise TypeError(f"encoder {name!r} must be a Learner, a Module, or a run or its file, "

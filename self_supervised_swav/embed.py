@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.torch_core import default_device
 from .args import EmbedArgs
-from .checkpoints import encoder_settings, load_encoder, load_whitening
+from .checkpoints import encoder_settings, find_encoder, load_encoder, load_whitening
 from .data import find_images, image_dls, list_images
 from .evaluate import extract_features, normalized
 from .collectives import rank_here, world
 from .files import atomic_path, check_writable, file_digest
 from .images import escape_name, write_csv
 from .ranks import check_alike, check_same_files, decided_by_first
-from .runs import find_encoder
 from .shards import is_shards, open_shards
 from .sources import size_and_channels
 

@@ -14,6 +14,7 @@ import numpy as np, torch
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
 from .args import ExploreArgs
+from .checkpoints import find_encoder
 from .data import random_split
 from .drawings import printable
 from .files import check_writable
@@ -21,7 +22,6 @@ from .grouping import Groups, directions, group_folder, group_images
 from .images import csv_name
 from .knn import near_duplicates, nearest_neighbors
 from .pages import image_uri, thumbnail, write_page
-from .runs import find_encoder
 from .visualize import project_features
 
 # %% ../nbs/41_explore.ipynb #f24216bb

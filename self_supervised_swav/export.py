@@ -14,12 +14,11 @@ from torch.export import Dim
 from fastai.vision.learner import default_split, model_meta
 from timm.layers import SelectAdaptivePool2d
 from .args import export_formats
-from .checkpoints import (create_from_settings, encoder_of, encoder_settings, load_encoder,
-                                              load_whitening, save_encoder)
+from .checkpoints import (create_from_settings, encoder_of, encoder_settings, find_encoder,
+                                              load_encoder, load_whitening, save_encoder)
 from .encoders import first_conv
 from .files import atomic_path, check_writable
 from .models import in_eval
-from .runs import find_encoder
 
 # %% ../nbs/46_export.ipynb #8d8e322f
 class FeatureMap(nn.Module):
@@ -44,7 +43,7 @@ class EncoderArch:
         return nn.Sequential(FeatureMap(encoder.train()), nn.AdaptiveAvgPool2d(1))
 
 def encoder_arch(
-    path # File of `save_encoder`
+    path # File of `save_encoder`, or folder of a run
 )->EncoderArch: # For `vision_learner(dls, encoder_arch(path), ...)`
     """The encoder in a file as an architecture for fastai's `vision_learner`
 
@@ -189,7 +188,8 @@ def export_encoder(
         size = size or settings.get('size') or max([o for o in getattr(views, 'sizes', ()) if o], default=224)
         stats = settings.get('stats') if views is None else views.stats(n_in)
         if normalize and stats is None:
-            raise ValueError("normalize=True needs an encoder that knows its stats, this one does not")
+            raise ValueError("normalize=True needs an encoder that was trained on normalized images, this one knows no "
+                             "mean and standard deviation")
         device = next(encoder.parameters()).device
         net = _Normalized(encoder, stats).eval() if normalize else encoder
         h,w = size if isinstance(size, (list,tuple)) else (size,size)

@@ -24,14 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .args import FinetuneArgs, PredictArgs
 from .augment import get_batch_augs
-from .checkpoints import encoder_settings, load_encoder, save_encoder
+from .checkpoints import encoder_settings, find_encoder, load_encoder, save_encoder
 from .data import image_block, resize
 from .embed import folder_features
 from .evaluate import NoValidation, few_label_learner, linear_probe
 from .files import atomic_path, check_writable, read_json, write_json
 from .images import csv_name, write_csv
 from .machine import n_cores
-from .runs import find_encoder
 from .select import read_labels, relative_names
 
 # %% ../nbs/44_finetune.ipynb #44f10006

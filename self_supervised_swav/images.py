@@ -78,11 +78,13 @@ _not_read = {ext: why for exts,why in {
     '.jxl .jxr .djvu .xcf': 'images of this kind are not read: save it as PNG'}.items()
     for ext in exts.split()}
 
+def _extension(fn): return os.path.splitext(str(fn))[1].lower()
+
 def is_image_name(
     name # Of a file
 )->bool: # Is it called as images are? Whether it can be read is another question
     "The same on every machine: Python asks the system which names are those of images"
-    ext = os.path.splitext(name)[1].lower()
+    ext = _extension(name)
     return ext in _is_read or ext in _not_read
 
 def _image_entries(path, follow_links, left_out):
@@ -211,7 +213,6 @@ def to_unit(
     return ((a.astype(np.float32)-low)/(high-low)).clip(0, 1)
 
 # %% ../nbs/14_images.ipynb #8b61e56a
-def _extension(fn): return os.path.splitext(fn.name if isinstance(fn, StoredImage) else fn)[1].lower()
 def _is_tiff(fn): return _extension(fn) in ('.tif','.tiff')
 def _is_array(fn): return _extension(fn)=='.npy'
 

@@ -6,7 +6,7 @@
 __all__ = ['parse_settings', 'epoch_record', 'EpochHistory', 'SaveEncoder', 'hours', 'TimeLeft', 'EpochLines', 'TellDataWait',
            'import_logger', 'open_logger', 'RunLogger', 'secs_per_step', 'epochs_in', 'stop_on_signals', 'check_out',
            'saved_args', 'saved_recipe', 'configured', 'resumed_args', 'folders_of_classes', 'tell_merged',
-           'PretrainRun', 'find_encoder', 'replay_batch']
+           'PretrainRun', 'replay_batch']
 
 # %% ../nbs/37_runs.ipynb #388a603e
 import ast, io, json, math, os, re, shlex, signal, sys, threading, time, warnings
@@ -720,16 +720,6 @@ class PretrainRun:
         if self.images.files is None: return None
         if not self.uses_labels: return False
         return [self.images.label_of(i) for i in self.images.splits[0]]
-
-def find_encoder(
-    run # Folder of a run, or a file of `save_encoder`
-)->Path:
-    "The encoder's file"
-    path = Path(run)
-    if path.is_dir(): path = path/'encoder.safetensors'
-    if not path.is_file():
-        raise FileNotFoundError(f"no encoder at {path}: a run of swav pretrain has one after its first epoch")
-    return path
 
 # %% ../nbs/37_runs.ipynb #542d0225
 class _Replay(Callback):

@@ -176,8 +176,8 @@ def sinkhorn(
 def _write_codes(S, eps, n_iters, bound, group, Q):
     "The codes of `S` into `Q`, by the plain iterations where they are safe"
     lo,hi = (-bound,bound) if bound is not None else _score_range(S, group)
-    if eps*_SHARPEST>=1 and (hi-lo)/eps<=_MAX_RANGE[S.dtype]:
-        scaled = group is not None or (hi-lo)/eps + n_iters*math.log(max(S.shape))>_MAX_RANGE[S.dtype]
+    if eps*_SHARPEST>=1 and (spread := (hi-lo)/eps)<=_MAX_RANGE[S.dtype]:
+        scaled = group is not None or spread + n_iters*math.log(max(S.shape))>_MAX_RANGE[S.dtype]
         row_sums = _plain_codes(S, eps, n_iters, hi/2+lo/2, group, Q, scaled)
     else:
         if Q.is_set_to(S): S = S.clone()  # it is read again after the first codes are written

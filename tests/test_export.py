@@ -154,7 +154,7 @@ def test_safetensors(tmp_path):
     (dict(format='pt'), "format must be one of safetensors, .*'pt'"), (dict(size=0), 'size must be at least 1, got 0'),
     (dict(format='timm', size=32), "size is for 'onnx' and 'torch.export', got format='timm'"),
     (dict(format='safetensors', normalize=True), "normalize is for 'onnx'"),
-    (dict(normalize=True), 'normalize=True needs an encoder that knows its stats')])
+    (dict(normalize=True), 'normalize=True needs an encoder that was trained on normalized images')])
 def test_errors(tmp_path, kwargs, match):
     with pytest.raises(ValueError, match=match):
         export_encoder(small_encoder(), tmp_path/'e', **dict(format='torch.export')|kwargs)
