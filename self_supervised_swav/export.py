@@ -29,7 +29,11 @@ class FeatureMap(nn.Module):
         self.has_map = isinstance(getattr(encoder, 'global_pool', None), SelectAdaptivePool2d) and hasattr(
             encoder, 'forward_features')
 
-    def forward(self, x): return self.encoder.forward_features(x) if self.has_map else self.encoder(x)[...,None,None]
+    def forward(self, x):
+        conv = first_conv(self.encoder)
+        if conv is not None and conv.in_channels!=x.shape[1]:
+            raise ValueError(f"images must have the encoder's {conv.in_channels} channels, got {x.shape[1]}")
+        return self.encoder.forward_features(x) if self.has_map else self.encoder(x)[...,None,None]
 
 class EncoderArch:
     "An architecture for fastai's `vision_learner`: the encoder in a file"
