@@ -38,7 +38,15 @@ def _seeded():
 def _as_many_threads():
     "A test file or a test that sets another number of threads decides how all that come after it are computed"
     yield
-    assert torch.get_num_threads()==n_threads, f'{torch.get_num_threads()} threads, {n_threads} at the start'
+    n = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    assert n==n_threads, f'{n} threads are left behind, {n_threads} were there at the start'
+
+@pytest.fixture
+def threads_back():
+    "For a test of a benchmark, which sets the number of threads of its process"
+    yield
+    torch.set_num_threads(n_threads)
 
 @pytest.fixture(autouse=True)
 def _no_network():

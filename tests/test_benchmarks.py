@@ -11,6 +11,7 @@ sys.path.insert(0, str(folder))
 import collapse, harness, kernels, load, methods, quality, selection, steps
 import run as bench
 
+pytestmark = pytest.mark.usefixtures('threads_back')
 tiny = dict(arch='resnet18', bs=4, num_crops=(2,1), crop_sizes=(32,24))
 
 def test_race_alternates_and_gives_seconds_of_one_call(monkeypatch):

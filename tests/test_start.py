@@ -425,8 +425,8 @@ def test_init_of_the_command_refused(tmp_path, command, old):
     assert code==2 and "init must be 'timm', a run, or a file" in err
 
 # --- does it pay? -----------------------------------------------------------------------------------------------------
-@pytest.fixture(scope='module')
-def continued():
+@pytest.fixture
+def continued(threads_back):
     sys.path.insert(0, str(Path(__file__).parent.parent/'benchmarks'))
     import continued
     return continued
