@@ -44,7 +44,7 @@ def resnet():
     return create_encoder('resnet18', n_in=1, pretrained=False, small_images=True, layers=(1,1,1,1),
                           channels=(16,32,32,64))
 
-def train(cb=None, n_epoch=10, encoder=None):
+def train(cb=None, n_epoch=6, encoder=None):
     """Not too small a model: in one of 16 channels rounding decides what is learned first, and a smoothed loss may
     part by 0.8 %; in this by 0.25 %"""
     seed_all()
@@ -61,13 +61,13 @@ def train(cb=None, n_epoch=10, encoder=None):
 @pytest.mark.parametrize('mode,dtype,kwargs',
                          [('bf16',torch.bfloat16,{}),('fp16',torch.float16,dict(init_scale=1024.))])
 def test_loss_is_float32s(mode, dtype, kwargs):
-    "50 steps, the loss at each within 1 % of that in float32"
+    "30 steps, the loss at each within 1 % of that in float32"
     encoder = (lambda: (seed_all(), Small())[1]) if mode=='fp16' else (lambda: (seed_all(), resnet())[1])
     ref,learn = train(encoder=encoder()),train(DeviceMixedPrecision(mode, force=True, **kwargs), encoder=encoder())
     assert dtype in learn.model.encoder.types and ref.model.encoder.types=={torch.float32}
     assert set(learn.watch.types.values())=={torch.float32} and not any(learn.watch.outside)
     a,b = (np.array([float(o) for o in l.recorder.losses]) for l in (ref,learn))
-    assert len(a)==50 and not np.array_equal(a, b) and np.abs(b/a-1).max()<.01
+    assert len(a)==30 and not np.array_equal(a, b) and np.abs(b/a-1).max()<.01
     assert all(p.dtype==torch.float32 for p in learn.model.parameters())
 
 class Forwards(Callback):

@@ -37,8 +37,7 @@ fits = dict(
     lr_find=lambda l: l.lr_find(num_it=8, show_plot=False), twice=lambda l: (l.fit(1), l.fit(1)))
 
 @each_method
-@pytest.mark.parametrize('labeled', [False,True])
-@pytest.mark.parametrize('how', fits)
+@pytest.mark.parametrize('how,labeled', [*((o,False) for o in fits), ('fit',True)])
 def test_fits(case, how, labeled):
     learn = method_learner(case, labeled=labeled, cbs=[CountSteps])
     own,before = learn.loss_func,weights_of(learn)
@@ -102,7 +101,7 @@ def test_the_same_seed_twice_and_looking_changes_nothing(case):
     class Show(Callback):
         def after_epoch(self): method_of(self.learn).show(1), self.learn.sample_images(max_images=10)
     for look in (False,False,True):
-        learn = method_learner(case, cbs=[Show] if look else [], monitor=look)
+        learn = method_learner(case, n=60, cbs=[Show] if look else [], monitor=look)
         if look: method_of(learn).show(2)
         with learn.no_logging(): learn.fit_one_cycle(3)
         runs.append(weights_of(learn))
@@ -110,9 +109,9 @@ def test_the_same_seed_twice_and_looking_changes_nothing(case):
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 @each_method
-@pytest.mark.parametrize('at', [7,10])
+@pytest.mark.parametrize('at', [4,6])
 def test_stopped_and_resumed_is_as_not_stopped(case, at, tmp_path):
-    def make(name): return method_learner(case, cbs=ResumeTraining(tmp_path/name, every=100), monitor=True)
+    def make(name): return method_learner(case, n=60, cbs=ResumeTraining(tmp_path/name, every=100), monitor=True)
     whole = make('whole.pth')
     whole.fit(3)
     cut = make('cut.pth')
@@ -131,11 +130,11 @@ def test_stopped_and_resumed_is_as_not_stopped(case, at, tmp_path):
 @each_method
 def test_what_a_method_says_of_itself(case):
     "Every answer is of the kind that monitor, report and pictures take"
-    learn = method_learner(case, n=500, monitor=True)
+    learn = method_learner(case, n=300, monitor=True)
     cb,m = method_of(learn),learn.collapse_monitor
     assert isinstance(cb.title, str)
     learn.fit(2)
-    assert list(m.history)==list(cb.signs) and all(len(v)==50 and np.isfinite(v).all() for v in m.history.values())
+    assert list(m.history)==list(cb.signs) and all(len(v)==30 and np.isfinite(v).all() for v in m.history.values())
     assert list(m.epoch_values)==list(cb.columns) and all(isinstance(v, float) for v in m.epoch_values.values())
     assert cb.chance_loss is None or 0<cb.chance_loss[0]<np.inf and isinstance(cb.chance_loss[1], str)
     assert set().union(*cb.curves.values())<=set(cb.signs)
@@ -143,7 +142,7 @@ def test_what_a_method_says_of_itself(case):
     assert 'encoder' in cb.model_settings()
     arguments = inspect.signature(type(cb).__init__).parameters
     assert cb.settings() and set(cb.settings())<set(arguments) and json.dumps(cb.settings())
-    assert all(isinstance(k, str) and 0<=v<=50 for k,v in cb.marks(m.history).items())
+    assert all(isinstance(k, str) and 0<=v<=30 for k,v in cb.marks(m.history).items())
     assert cb.judge(m.history, m.patience) is None or isinstance(cb.judge(m.history, m.patience), str)
     assert all(isinstance(o, str) for o in cb.concerns(400, 16))
     sample = learn.sample_images(max_images=30)
@@ -163,23 +162,23 @@ def test_a_setting_of_two_functions_means_the_same_in_both():
 # --- ways out, of each method -----------------------------------------------------------------------------------------
 @each_method
 @pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_step','after_batch'])
-@pytest.mark.parametrize('exc', [CancelBatchException,CancelFitException,RuntimeError,KeyboardInterrupt])
 @pytest.mark.parametrize('order', [-1,60])
-def test_own_loss_is_back_on_every_way_out(case, event, exc, order):
-    learn = method_learner(case, n=60)
-    own,order_ = learn.loss_func,order
-    if event=='after_batch' and exc is CancelBatchException: pytest.skip('fastai lets it through')
+def test_own_loss_is_back_on_every_way_out(case, event, order):
+    learn,order_ = method_learner(case, n=40),order
+    own = learn.loss_func
     class Out(Callback):
         order = order_
-    setattr(Out, event, lambda self: (_ for _ in ()).throw(exc('out')))
-    cb = Out()
-    learn.add_cb(cb)
-    cancels = issubclass(exc, (CancelBatchException,CancelFitException))
-    with nullcontext() if cancels else pytest.raises(exc): learn.fit(1)
-    if cancels or event!='after_pred' or order==-1: assert learn.loss_func is own
-    learn.remove_cb(cb)
-    learn.fit(1)
-    assert learn.loss_func is own and finite(learn)
+    for exc in (CancelBatchException,CancelFitException,RuntimeError,KeyboardInterrupt):
+        if event=='after_batch' and exc is CancelBatchException: continue  # fastai lets it through
+        setattr(Out, event, lambda self: (_ for _ in ()).throw(exc('out')))
+        cb = Out()
+        learn.add_cb(cb)
+        cancels = issubclass(exc, (CancelBatchException,CancelFitException))
+        with nullcontext() if cancels else pytest.raises(exc): learn.fit(1)
+        if cancels or event!='after_pred' or order==-1: assert learn.loss_func is own, exc
+        learn.remove_cb(cb)
+        learn.fit(1)
+        assert learn.loss_func is own and finite(learn), exc
 
 @each_method
 @pytest.mark.parametrize('where,name', [('images','images'),('weights','')])
