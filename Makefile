@@ -46,7 +46,7 @@ test-slow: $(VENV)/.installed-dev $(VENV)/.installed-docs  ## the tests marked s
 test-gpu: $(VENV)/.installed-dev      ## the tests that need a GPU, where there is one
 	$(BIN)/python tools/gpu.py
 
-test-machines: $(VENV)/.installed-dev ## numeric tests and trainings as other machines would run them: half an hour
+test-machines: $(VENV)/.installed-dev ## numeric tests and trainings as other machines would run them: an hour and a half
 	$(BIN)/python tools/machines.py
 
 test-oldest:                          ## tests with the lowest versions that settings.ini promises, on the lowest Python
