@@ -242,7 +242,6 @@ def load_encoder(
     try: encoder = create_from_settings(settings)
     except ValueError as e: raise ValueError(f"{path}: {e}") from e
     state = checkpoint_tensors(path)
-    state = {k: v for k,v in state.items() if not k.startswith(_whitening)}
     found = _match(encoder.state_dict(), state)
     if found.missing or found.unexpected: raise ValueError(f"{path} does not fit its own settings: {_say(found)}")
     encoder.load_state_dict(state)
@@ -378,7 +377,7 @@ def checkpoint_tensors(
     "The tensors of a checkpoint, which may lie inside of something larger, on the CPU"
     path = Path(path)
     if path.is_dir() or path.suffix=='.safetensors':
-        with _open(path) as f: return {k: f.get_tensor(k) for k in f.keys()}
+        with _open(path) as f: return {k: f.get_tensor(k) for k in f.keys() if not k.startswith(_whitening)}
     return _tensors(path, read_checkpoint(path))
 
 def _prefix(own, theirs):
