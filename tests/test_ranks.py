@@ -103,7 +103,7 @@ def test_pretrain(numbers, photos, tmp_path):
         assert (f"going on at epoch 2, batch 0 (written by 2 processes, {n} now; epoch 1, of which {n_done} batches "
                 "were done, is left there)") in out[0]
         assert [o.split(',')[0] for o in epochs(other)]==['epoch','0','2']
-    codes,out,_ = on_ranks(tmp_path, 2, [*args,'--out',cut,'--resume'], before=(_no_report,))
+    codes,out,_ = on_ranks(tmp_path, 2, [*args,'--out',cut,'--resume'])
     assert codes==[0,0] and 'going on at epoch 1, batch' in out[0]
     assert weights(cut)==weights(whole) and epochs(cut)==epochs(whole)
 
