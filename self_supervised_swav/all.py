@@ -70,7 +70,7 @@ __all__ = [
     'feature_spread', 'effective_rank',
     # the encoder and what it knows
     'load_swav_checkpoint', 'load_official', 'encoder_arch', 'export_encoder', 'model_card', 'push_to_hub',
-    'save_encoder', 'load_encoder', 'load_weights', 'load_whitening', 'encoder_settings',
+    'save_encoder', 'load_encoder', 'load_weights', 'load_whitening', 'encoder_settings', 'create_from_settings',
     'extract_features', 'Whitening', 'nearest_neighbors', 'near_duplicates',
     'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
     'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run', 'compare_encoders',
@@ -84,7 +84,7 @@ for _method in methods.values():
 def __getattr__(name):
     "A name that was here in 0.1.0, from the module that has it now"
     if not name.startswith('_'):
-        for mod in ('checkpoints','drawings','visualize','samples','files','fused','models'):
+        for mod in ('drawings','visualize','samples','files','fused','models'):
             found = importlib.import_module(f'.{mod}', __package__)
             if hasattr(found, name):
                 warnings.warn(f"{name} is no longer in all: from self_supervised_swav.{mod} import {name}",

@@ -11,7 +11,7 @@ from self_supervised_swav.all import (
     CollapseMonitor, CollapseWarning, DeepClusterV2, EpochHistory, KNNMetric, MoCo, MultiCrop, MultiView, NoValidation,
     PoolingType, PretrainRun, Prototypes, Recipe, ResumeTraining, SaveEncoder, SimCLR, SwAVModel, TensorImages,
     TrainingStopped, UnlabeledImageBlock, Whitening, check_images, code_entropy, code_overlap, compare_encoders,
-    create_deepcluster_model, create_fastai_encoder, create_moco_model, create_simclr_model,
+    create_deepcluster_model, create_fastai_encoder, create_from_settings, create_moco_model, create_simclr_model,
     create_timm_encoder, deepcluster_learner, deepcluster_recipe, digits_dls, effective_rank, embed_images,
     encoder_arch, encoder_settings, evaluate_run, explore_images, explore_page, export_encoder, fashion_mnist_dls,
     feature_spread, few_label_idxs, few_label_splits, finetune_labels, folder_features, get_batch_augs,
@@ -22,7 +22,6 @@ from self_supervised_swav.all import (
     push_to_hub, save_encoder, select_images,
     select_to_label, simclr_learner, simclr_recipe, sort_images, swav_recipe, tensor_dls, weighted_knn)
 from self_supervised_swav.augment import get_swav_aug_pipelines
-from self_supervised_swav.checkpoints import create_from_settings
 from self_supervised_swav.data import swav_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import extract_features, few_label_learner, knn_accuracy, linear_probe
