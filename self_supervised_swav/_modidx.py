@@ -253,6 +253,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'self_supervised_swav/checkpoints.py'),
                                                   'self_supervised_swav.checkpoints.create_from_settings': ( 'checkpoints.html#create_from_settings',
                                                                                                              'self_supervised_swav/checkpoints.py'),
+                                                  'self_supervised_swav.checkpoints.encoder_file': ( 'checkpoints.html#encoder_file',
+                                                                                                     'self_supervised_swav/checkpoints.py'),
                                                   'self_supervised_swav.checkpoints.encoder_of': ( 'checkpoints.html#encoder_of',
                                                                                                    'self_supervised_swav/checkpoints.py'),
                                                   'self_supervised_swav.checkpoints.encoder_settings': ( 'checkpoints.html#encoder_settings',

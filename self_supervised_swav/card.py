@@ -122,8 +122,8 @@ def model_card(
              'classifier.',
              '## Use', _use(run, file, format, normalize), '## Data', _table(('',''), _data_rows(run)),
              'It knows images like these. On images of another kind its features may be worth little: measure them.']
-    if run.start:
-        parts.append(f'The training started from the weights of {_cell(run.start)}: what they were trained on, and '
+    if start := run.start:
+        parts.append(f'The training started from the weights of {_cell(start)}: what they were trained on, and '
                      'their license, count for these weights, too.')
     if recipe := _recipe_rows(run): parts += ['## Training', _table(('part','settings'), recipe)]
     parts.append('## Evaluation')

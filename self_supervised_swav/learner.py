@@ -21,7 +21,7 @@ from fastai.learner import Learner, defaults
 from fastai.optimizer import Adam
 from fastai.vision.core import imagenet_stats
 from .augment import get_batch_augs
-from .checkpoints import encoder_settings, load_weights
+from .checkpoints import encoder_file, encoder_settings, load_weights
 from .collectives import world
 from .data import image_stats, no_targets
 from .encoders import create_encoder, first_conv
@@ -135,8 +135,7 @@ class Start(NamedTuple):
     arch:object; args:dict; path:Path|None; px:int; stats:tuple|None
 
 def _file_start(init, arch, args):
-    path = Path(init)
-    if path.is_dir(): path = path/'encoder.safetensors'
+    path = encoder_file(init)
     if not path.is_file():
         raise FileNotFoundError(f"init must be 'timm', a run, or a file of weights; there is no file {path}")
     try: settings = encoder_settings(path) if path.suffix=='.safetensors' else {}

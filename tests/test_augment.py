@@ -155,9 +155,8 @@ def test_everything(exact, tiny, everything_of_torchvision):
     x = tiny[:1]
     set_seed(0)
     aug = (ExactAugment if exact else FusedAugment)(32, scale=(.25,1.))
-    n = n_draws
     # one order of the color operations a call in kornia: several calls
-    a = summary(torch.cat([aug(x.expand(n//20,-1,-1,-1)) for _ in range(20)]))
+    a = summary(torch.cat([aug(x.expand(n_draws//20,-1,-1,-1)) for _ in range(20)]))
     for k in a: same_distribution(a[k], everything_of_torchvision[k], k, shift=.02)
 
 def test_single_color_operations(photos):

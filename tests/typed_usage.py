@@ -19,8 +19,8 @@ from self_supervised_swav.all import (
     group_images, info_nce, lars, load_encoder, load_official, load_swav_checkpoint, load_weights, load_whitening,
     mean_code_entropy, method_of, moco_learner, moco_recipe, model_card, near_duplicates, nearest_neighbors,
     no_targets, nt_xent, paper_recipe, predict_images, pretrain_learner, project_features, prototype_usage,
-    push_to_hub, save_encoder, select_images,
-    select_to_label, simclr_learner, simclr_recipe, sort_images, swav_recipe, tensor_dls, weighted_knn)
+    push_to_hub, save_encoder, select_images, select_to_label, simclr_learner, simclr_recipe, sort_images, swav_recipe,
+    tensor_dls, weighted_knn)
 from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.data import swav_dls
 from self_supervised_swav.encoders import create_encoder
