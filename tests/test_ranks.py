@@ -194,8 +194,16 @@ def run(tmp_path_factory):
 
 def _bytes(*paths): return [p.read_bytes() for p in paths]
 
+@pytest.fixture
+def one_thread():
+    "In this process as in the ranks: another number adds up in another order"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 @pytest.mark.parametrize('more', [[], ['--whiten']], ids=['','whitened'])
-def test_embed(more, run, photos, tmp_path):
+def test_embed(more, run, photos, tmp_path, one_thread):
     "The bytes of one process, where the last rank has less, and where there are more ranks than batches"
     args = ['embed',run,photos,'--num-workers',0,'--device','cpu',*more]
     assert cli.main([*map(str, [*args,'--bs',50,'-o',tmp_path/'one.npy'])])==0
@@ -207,7 +215,7 @@ def test_embed(more, run, photos, tmp_path):
     codes,_,err = on_ranks(tmp_path, 2, [*args,'--bs',400,'-o',tmp_path/'b.npy'])
     assert codes==[0,0] and _bytes(tmp_path/'a.npy')==_bytes(tmp_path/'b.npy'), err
 
-def test_evaluate(run, photos, tmp_path):
+def test_evaluate(run, photos, tmp_path, one_thread):
     "The figures of one process: features are shared by images, trainings by turns"
     args = ['evaluate',run,photos,'--num-workers',0,'--device','cpu','--labels',5,'--seeds',3,'--epochs',3]
     def read(name): return {k: v for k,v in json.loads((tmp_path/name).read_text()).items() if k!='secs'}
