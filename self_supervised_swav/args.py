@@ -317,7 +317,7 @@ class LabelArgs(ImageArgs):
 
 # %% ../nbs/17_args.ipynb #a17c0003
 @dataclass
-class FinetuneArgs(ImageArgs):
+class FinetuneArgs(MachineArgs):
     "Make a classifier of the encoder of a run and of some labels, and measure it by cross-validation"
     run:str # Folder of a run, or the file of its encoder
     labels:str # Labels, a file with the columns file and class, as swav label gives

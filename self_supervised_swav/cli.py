@@ -68,10 +68,12 @@ def in_options(
     text, # A message of Python
     cls # Dataclass of the command's arguments
 )->str: # The same with options: `--skip-bad` for `skip_bad=True`
-    "Write the names of arguments as they are written on the command line"
+    "Write arguments as they are written on the command line"
     for f in fields(cls):
         if _is_positional(f): continue
         text = re.sub(rf'(?<![\w.-]){f.name}=True\b', flag_of(f), text)
+        pair = rf'(?<![\w.-]){f.name}=\((\S+), (\S+)\)'
+        text = re.sub(pair, rf'{flag_of(f)} \1 \2', text)
         text = re.sub(rf'(?<![\w.-]){f.name}=(?=\S)', f'{flag_of(f)} ', text)
         text = re.sub(rf'^{f.name}(?= must | is | needs )', flag_of(f), text)
     return _in_set_words(text) if any(f.name=='settings' for f in fields(cls)) else text

@@ -12,6 +12,8 @@ __all__ = ['no_targets', 'NoTargets', 'Skipped', 'OpenImage', 'UnlabeledImageBlo
 # %% ../nbs/30_data.ipynb #0720e510
 import gzip, math, os, random, struct, sys, warnings
 from contextlib import nullcontext
+from functools import wraps
+from inspect import signature
 import numpy as np, torch, torch.nn.functional as F
 from pathlib import Path
 from PIL import UnidentifiedImageError
@@ -25,7 +27,7 @@ from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.external import fastai_path
 from fastai.data.transforms import Category, CategoryMap, IntToFloatTensor
-from fastai.learner import defaults
+from fastai.learner import Learner, defaults
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBW, default_device, show_image
 from fastai.vision.augment import RandTransform, Resize
@@ -132,6 +134,23 @@ class NoTargetsGuard(Callback):
 
 if NoTargetsGuard not in defaults.callbacks: defaults.callbacks.append(NoTargetsGuard)
 
+def _is_method(o): return isinstance(o, MultiView) or isinstance(o, type) and issubclass(o, MultiView)
+
+def _with_placeholder(init):
+    "Before a callback can say that it brings the loss, `init` refuses DataLoaders that have none"
+    @wraps(init)
+    def __init__(self, *args, **kwargs):
+        given = signature(init).bind_partial(self, *args, **kwargs)
+        dls,loss_func,cbs = (given.arguments.get(o) for o in ('dls','loss_func','cbs'))
+        own_loss = getattr(getattr(dls, 'train_ds', None), 'loss_func', None)
+        if loss_func is None and own_loss is None and any(map(_is_method, L(cbs))):
+            given.arguments['loss_func'] = no_targets
+        init(*given.args, **given.kwargs)
+    __init__.knows_methods = True
+    return __init__
+
+if not hasattr(Learner.__init__, 'knows_methods'): Learner.__init__ = _with_placeholder(Learner.__init__)
+
 # %% ../nbs/30_data.ipynb #5316ffcb
 class TensorChannels(TensorImage):
     "An image of any number of channels, in [0,1]; shown as their mean"
@@ -226,7 +245,7 @@ def look_at_images(
     peaks = [o.peak for o in looks if isinstance(o, ImageInfo) and o.peak is not None]
     if peaks and window is None and max(peaks)<1/8:
         warnings.warn(f"{count_of(len(peaks), 'image')} of 16 bits use {max(peaks):.0%} of their range and will look "
-                      f"dark: pass window=(low, high), such as (0, {max(peaks)*65535:.0f})", stacklevel=2)
+                      f"dark: pass window=(low, high), such as window=(0, {max(peaks)*65535:.0f})", stacklevel=2)
     return dict(zip(files, looks))
 
 def check_images(

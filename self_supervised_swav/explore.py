@@ -8,13 +8,14 @@ __all__ = ['sheet_px', 'thumbnail_px', 'thumbnail_sheets', 'explore_page', 'expl
 # %% ../nbs/41_explore.ipynb #4552f20c
 import base64, os, sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 import numpy as np, torch
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
 from .args import ExploreArgs
-from .checkpoints import find_encoder
+from .checkpoints import encoder_settings, find_encoder, reading_settings
 from .data import random_split
 from .drawings import printable
 from .files import check_writable
@@ -36,7 +37,8 @@ def thumbnail_px(
 def thumbnail_sheets(
     files, # n image files
     px:int, # Longest side of a thumbnail
-    progress:bool=False # Show a progress bar?
+    progress:bool=False, # Show a progress bar?
+    **kwargs # `n_in`, `window` and `background` of `thumbnail`
 )->tuple: # Sheets as data URIs, `sheet_px//px` thumbnails in a row, row by row; and (n,2) widths and heights
     "Thumbnails of images on large images"
     if not 8<=px<=255: raise ValueError(f"px must be from 8 to 255, got {px}")
@@ -45,7 +47,7 @@ def thumbnail_sheets(
         for start in (progress_bar if progress else iter)(range(0, len(files), cols**2)):
             part = files[start:start+cols**2]
             sheet = Image.new('RGB', (sheet_px if len(part)>=cols else len(part)*px, -(-len(part)//cols)*px), 'white')
-            for i,im in enumerate(pool.map(thumbnail, part, [px]*len(part))):
+            for i,im in enumerate(pool.map(partial(thumbnail, px=px, **kwargs), part)):
                 sheet.paste(im, (i%cols*px, i//cols*px))
                 sizes.append(im.size)
             sheets.append(image_uri(sheet))
@@ -111,7 +113,8 @@ def explore_page(
     px:int|None=None, # Longest side of a thumbnail (default: 128 to 48, by the number of images)
     n_neighbors:int=12, # Nearest images of each image
     seed:int=0, # Of the map and the groups
-    progress:bool=False # Show a progress bar over the thumbnails?
+    progress:bool=False, # Show a progress bar over the thumbnails?
+    **kwargs # `n_in`, `window` and `background` of `thumbnail`: how the images are read
 )->Path: # `out`
     """Write a page that shows images by their features
 
@@ -132,7 +135,7 @@ def explore_page(
     order,px = _by_rank(groups),px or thumbnail_px(len(files))
     files = [files[i] for i in order.tolist()]
     groups = Groups(groups.groups[order], groups.distances[order], groups.centers)
-    sheets,sizes = thumbnail_sheets(files, px, progress)
+    sheets,sizes = thumbnail_sheets(files, px, progress, **kwargs)
     names,addresses = _names_and_addresses(files, root, out)
     data = _page_data(x[order], _on_square(xy[order]), names, groups, sizes, px, n_neighbors, .9)
     data.update(addresses)
@@ -166,5 +169,5 @@ def explore_images(
         x,files = x[some],[files[i] for i in some]
         groups = Groups(groups.groups[some], groups.distances[some], groups.centers)
     explore_page(x, files, out, groups, root, args.title or '', note, args.projection, seed=args.seed,
-                 progress=sys.stdout.isatty())
+                 progress=sys.stdout.isatty(), **reading_settings(encoder_settings(args.run)))
     return groups

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .args import FinetuneArgs, PredictArgs
 from .augment import get_batch_augs
-from .checkpoints import encoder_settings, find_encoder, load_encoder, save_encoder
+from .checkpoints import (encoder_settings, find_encoder, load_encoder, reading_settings,
+                                              save_encoder)
 from .data import image_block, resize
-from .embed import folder_features
+from .embed import features_for, folder_features
 from .evaluate import NoValidation, few_label_learner, linear_probe
 from .files import atomic_path, check_writable, read_json, write_json
 from .images import csv_name, write_csv
@@ -115,10 +116,10 @@ class _Tuner:
         path = find_encoder(args.run)
         settings = encoder_settings(path)
         self.args,self.path,self.files,self.vocab,self.y = args,path,files,vocab,y
-        self.n_in,self.stats = settings['args']['n_in'],settings.get('stats')
+        self.stats,reading = settings.get('stats'),reading_settings(settings)
+        self.n_in = reading['n_in']
         self.size = (settings.get('size') or 224,)*2
-        self.block = image_block(self.n_in, self.size, settings.get('window'),
-                                 settings.get('background', 'white'), targets=True)
+        self.block = image_block(min_size=self.size, targets=True, **reading)
         self.device = default_device() if args.device is None else torch.device(args.device)
         self.images = self._open_all()
         n_steps = math.ceil(len(files)/min(args.bs, len(files)))
@@ -336,7 +337,7 @@ def predict_images(
         raise FileNotFoundError(f"no classifier in {home}: swav finetune makes one")
     check_writable(Path(args.out).parent)
     vocab,head = _read_head(home)
-    x,files = folder_features(home, args.folder, args.bs, args.skip_bad, args.num_workers, args.device)
+    x,files = features_for(args, home)
     if head['weight'].shape[1]!=x.shape[1]:
         raise ValueError(f"{home} is not whole: its head is for features of width {head['weight'].shape[1]}, "
                          f"its encoder gives {x.shape[1]}")

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import torch, torch.nn.functional as F
 from .args import SortArgs, check_least
 from .drawings import check_finite
-from .embed import folder_features
+from .embed import features_for
 from .files import check_writable, has_state, read_state
 from .images import write_csv
 from .kmeans import nearest_prototypes, spherical_kmeans
@@ -162,7 +162,7 @@ def group_folder(
 )->tuple: # Features (n,d), the n files, their `Groups`
     "Embed the images of a folder and group them"
     projector,prototypes = load_prototypes(args.run) if args.by=='prototypes' else (None,None)
-    x,files = folder_features(args.run, args.folder, args.bs, args.skip_bad, args.num_workers, args.device)
+    x,files = features_for(args)
     if projector is None: return x,files,group_images(x, args.groups, args.by, seed=args.seed)
     with torch.no_grad(): z = torch.cat([projector(o) for o in x.split(1<<12)])
     return x,files,group_images(z, centers=prototypes)

@@ -9,10 +9,12 @@ __all__ = ['label_page', 'finetune_command', 'label_images']
 import hashlib, json, os, shlex
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 import torch
 from .args import LabelArgs, check_arg, check_least
-from .embed import folder_features
+from .checkpoints import encoder_settings, reading_settings
+from .embed import features_for
 from .explore import sheet_px, thumbnail_px, thumbnail_sheets
 from .files import check_writable
 from .grouping import directions
@@ -23,7 +25,7 @@ from .select import known_indices, read_csv, read_labels, relative_names, select
 # %% ../nbs/43_label.ipynb #1abe0007
 def _large_px(n): return next((px for most,px in ((200,512),(1000,384)) if n<=most), 256)
 
-def _large(fn, px): return image_uri(thumbnail(fn, px, grow=False))
+def _large(fn, **kwargs): return image_uri(thumbnail(fn, grow=False, **kwargs))
 
 def _nearest(x, chosen, k):
     "Neighbors of the chosen images: their numbers and similarities, one list for each"
@@ -44,7 +46,8 @@ def label_page(
     n_neighbors:int=12, # Similar images beside each image
     px:int|None=None, # Longest side of an image to label (default: 512 to 256, by their number)
     title:str='', # Title of the page (default: the name of the folder)
-    command:str='swav finetune RUN labels.csv --folder FOLDER' # What comes next
+    command:str='swav finetune RUN labels.csv --folder FOLDER', # What comes next
+    **kwargs # `n_in`, `window` and `background` of `thumbnail`: how the images are read
 )->Path: # `out`
     "Write a page on which a person labels images"
     files,out = [Path(o) for o in files],Path(out)
@@ -63,9 +66,10 @@ def label_page(
     place = {i: j for j,i in enumerate(order)}
     shown = [files[i] for i in order]
     cell = thumbnail_px(len(shown))
-    sheets,sizes = thumbnail_sheets(shown, cell)
+    sheets,sizes = thumbnail_sheets(shown, cell, **kwargs)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        large = list(pool.map(_large, shown[:len(chosen)], [px or _large_px(len(chosen))]*len(chosen)))
+        draw = partial(_large, px=px or _large_px(len(chosen)), **kwargs)
+        large = list(pool.map(draw, shown[:len(chosen)]))
     known = [[name, c, (groups or {}).get(name, name)] for name,c in (labels or {}).items()]
     data = dict(names=relative_names(shown, root), n=len(chosen), near=[[place[i] for i in row] for row in near],
                 cosine=cosines, cell=cell, cols=sheet_px//cell, box=b64encode(sizes.tobytes()).decode(), large=large,
@@ -94,8 +98,7 @@ def label_images(
     labels,groups = read_labels(args.labels) if args.labels else ({},{})
     wanted = [row['file'] for row in read_csv(args.files)] if args.files else []
     if args.files and not wanted: raise ValueError(f"{args.files} names no file")
-    x,files = folder_features(args.run, args.folder, args.bs, args.skip_bad, args.num_workers, args.device,
-                              follow_links=args.follow_links)
+    x,files = features_for(args)
     names = relative_names(files, args.folder)
     labeled = known_indices(names, labels, args.labels)
     listed = [i for i in dict.fromkeys(known_indices(names, wanted, args.files)) if i not in set(labeled)]
@@ -103,5 +106,6 @@ def label_images(
     if not n: raise ValueError(f"labels must leave an image without a class, {args.labels} has one for each")
     chosen = listed[:n] if args.files else select_to_label(x, n, args.method, labeled, seed=args.seed).tolist()
     label_page(x, files, chosen, args.out, args.folder, labels, groups, args.classes, args.neighbors,
-               title=args.title or '', command=finetune_command(args))
+               title=args.title or '', command=finetune_command(args),
+               **reading_settings(encoder_settings(args.run)))
     return [names[i] for i in chosen]

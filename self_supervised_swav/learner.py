@@ -23,7 +23,7 @@ from fastai.vision.core import imagenet_stats
 from .augment import get_batch_augs
 from .checkpoints import encoder_file, encoder_settings, load_weights
 from .collectives import world
-from .data import image_stats, no_targets
+from .data import image_stats
 from .encoders import create_encoder, first_conv
 from .models import in_eval
 from .monitor import CollapseMonitor
@@ -393,7 +393,6 @@ def pretrain_learner(
         learner['opt_func'] = partial(learner.get('opt_func', Adam), **recipe['opt'])
         learner['lr'] = recipe['fit'].get('lr', defaults.lr)
     if recipe.get('start'): cbs = [*listify(cbs), *_start_slowly(learner, recipe['start'])]
-    if getattr(dls.train.dataset, 'loss_func', None) is None: learner.setdefault('loss_func', no_targets)
     cbs = [parts.callback(parts.get_aug_pipelines(**recipe['augs']), **recipe[method]), *listify(cbs)]
     if not any(isinstance(o, CollapseMonitor) or o is CollapseMonitor for o in cbs): cbs.append(CollapseMonitor())
     learn = Learner(dls, parts.create_model(enc, **recipe['model']), cbs=cbs, **learner)

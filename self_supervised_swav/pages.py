@@ -11,18 +11,24 @@ from importlib.resources import files as package_files
 from pathlib import Path
 from PIL import Image, ImageOps, features as pillow_features
 from fastai.vision.core import PILImage
-from .data import OpenImage
+from .data import OpenChannels, OpenImage
 from .drawings import printable
 from .files import atomic_path
+from .images import viewable
 
 # %% ../nbs/39_pages.ipynb #9a9e0007
 def thumbnail(
     fn, # Image file
     px:int, # Longest side
-    grow:bool=True # Make smaller images larger?
+    grow:bool=True, # Make smaller images larger?
+    n_in:int=3, # Channels; of others than 1 and 3 the mean is shown
+    window=None, # Values that become black and white in images of more than 8 bits: see `to_unit`
+    background='white' # Color behind transparent pixels
 )->Image.Image: # In color
     "A small version of an image; gray, with a warning, where the file cannot be read"
-    try: im = OpenImage(PILImage, (2*px,2*px))(fn)
+    try:
+        if n_in in (1,3): im = OpenImage(PILImage, (2*px,2*px), window, background)(fn)
+        else: im = Image.fromarray((viewable(OpenChannels(n_in, window)(fn))[0]*255).byte().numpy())
     except ValueError as e:
         warnings.warn(f"gray on the page: {e}", stacklevel=2)
         return Image.new('RGB', (px,px), 'gray')

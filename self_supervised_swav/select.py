@@ -10,7 +10,7 @@ import csv, os, warnings
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from .args import SelectArgs, check_arg
-from .embed import folder_features
+from .embed import features_for
 from .files import check_writable
 from .images import csv_name, unescape_name, write_csv
 from .knn import nearest_neighbors
@@ -196,12 +196,12 @@ def select_images(
 
     What `swav select` does.
 
-        select_images('runs/photos', 'photos', out='selected.csv', number=50)
+        select_images('runs/photos', 'photos', out='selected.csv', n=50)
     """
     if not isinstance(args, SelectArgs): args = SelectArgs(args, str(folder), out=str(out), **kwargs)
     check_writable(Path(args.out).parent)
     labels = read_labels(args.labels)[0] if args.labels else {}
-    x,files = folder_features(args.run, args.folder, args.bs, args.skip_bad, args.num_workers, args.device)
+    x,files = features_for(args)
     names = relative_names(files, args.folder)
     idxs = select_to_label(x, args.n, args.method, known_indices(names, labels, args.labels), seed=args.seed)
     chosen = [names[i] for i in idxs.tolist()]

@@ -1,8 +1,9 @@
 "The face of the package: what a user writes, no name that hides another one, and rooms that keep to their own."
-import ast, builtins, inspect
+import ast, builtins, dataclasses, inspect, re
 from pathlib import Path
 import fastai.vision.all, pytest
 import self_supervised_swav.all as face
+from self_supervised_swav import args
 
 pkg = Path(face.__file__).parent
 sources = {p.stem: p.read_text(encoding='utf-8') for p in sorted(pkg.glob('*.py'))}
@@ -42,6 +43,11 @@ def test_what_is_called_most_has_an_example():
             'few_label_learner','select_to_label','export_encoder'}<=set(has_example)
     assert len(has_example)>60
 
+def arguments_of(f):
+    "The names of all arguments of `f`, where its `kwargs` are those of a command"
+    found = re.search(r'\*\*kwargs *# Other arguments of `(\w+Args)`', inspect.getsource(f))
+    if found: return {o.name for o in dataclasses.fields(getattr(args, found[1]))}|{*inspect.signature(f).parameters}
+
 @pytest.mark.parametrize('name', has_example)
 def test_examples_of_docstrings(name):
     "It uses the name itself, and every call of ours has arguments that exist"
@@ -50,6 +56,7 @@ def test_examples_of_docstrings(name):
     for n in nodes:
         if isinstance(n, ast.Call) and (f := names.get(getattr(n.func, 'id', ''))):
             inspect.signature(f).bind(*n.args, **{k.arg: k.value for k in n.keywords})
+            assert (known := arguments_of(f)) is None or {k.arg for k in n.keywords}<=known
 
 def test_every_module_is_in_all():
     "Its patches reach the Learner only if it is imported"

@@ -150,6 +150,30 @@ def test_messages_are_in_the_words_of_the_command_line():
     said = cli.in_options("K=9 is too much. Try n_protos=4 (now 8); bs=32; lr=0.1. Or skip_bad=True", cli.PretrainArgs)
     assert said=="K=9 is too much. Try --set n_protos=4 (now 8); --bs 32; --set lr=0.1. Or --skip-bad"
 
+def test_links_out_of_a_folder(command, tmp_path):
+    "Every command that reads images of a folder takes what they lead to, where it is told to"
+    for i in range(8):
+        path = tmp_path/('photos' if i<4 else 'elsewhere')/f'{i}.png'
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((16,16), 60).save(path)
+    (tmp_path/'photos'/'link').symlink_to(tmp_path/'elsewhere')
+    (tmp_path/'run').mkdir()
+    save_encoder(small_encoder(), tmp_path/'run'/'encoder.safetensors', size=16)
+    (tmp_path/'labels.csv').write_text('file,class\n'+''.join(f'{i}.png,{"ab"[i%2]}\n' for i in range(4)))
+    here = '--device','cpu','--num-workers',0
+    code,_,err = command('finetune', tmp_path/'run', tmp_path/'labels.csv', '--folder', tmp_path/'photos', '--method',
+                         'probe', '--folds', 2, '-o', tmp_path/'classifier', *here)
+    assert code==0, err
+    more = {'explore': ['--projection','pca'], 'select': ['-n',8]}
+    for name,out in dict(embed='x.csv', sort='sorted', explore='map.html', select='s.csv', label='label.html',
+                         predict='p.csv').items():
+        run = tmp_path/('classifier' if name=='predict' else 'run')
+        code,_,err = command(name, run, tmp_path/'photos', '-o', tmp_path/out, *more.get(name, []), *here,
+                             '--follow-links')
+        assert code==0, err
+        written = [*(tmp_path/out).rglob('*.csv')] if name=='sort' else [tmp_path/out]
+        assert all(f'link/{i}.png' in written[0].read_text() for i in range(4, 8)), name
+
 def test_values_that_are_not_finite(command, tmp_path):
     "One line, without fastai's words about the callback"
     code,_,err = command('pretrain', 'digits', '--epochs', 1, '--out', tmp_path/'run', *tiny, 'lr=1e30')

@@ -9,6 +9,7 @@ from self_supervised_swav.checkpoints import save_encoder
 from self_supervised_swav.explore import explore_images, explore_page, sheet_px, thumbnail_sheets
 from self_supervised_swav.grouping import directions, group_images
 from self_supervised_swav.knn import nearest_neighbors
+from self_supervised_swav.label import label_images
 
 evil = ['<img src=x onerror=alert(1)>.png', '"\'><svg onload=alert(2)>.png', '<!--<script>alert(3).png',
         'javascript:alert(4).png', '#a?b%41 c.png', 'new\nline.png', '=1+1.png']
@@ -72,6 +73,24 @@ def test_thumbnails(place):
     assert len(sheets)==1 and thumbnail_sheets(files[:1], 8)[1].tolist()==[[8,4]]
     sheets,_ = thumbnail_sheets(files*2, 200)                              # ten in a row, a hundred on a sheet
     assert len(sheets)==2
+
+@pytest.mark.parametrize('n_in,window', [(1,[0.,4.]), (5,None)])
+def test_pages_read_images_as_their_run_does(n_in, window, tmp_path, recwarn):
+    "Floats by its window, files of many channels by their mean: neither is gray"
+    run,photos = tmp_path/'run',tmp_path/'photos'
+    for o in (run,photos): o.mkdir()
+    for i in range(4):
+        if n_in==1: Image.fromarray(np.full((20,20), i, np.float32)).save(photos/f'{i}.tif')
+        else: np.save(photos/f'{i}.npy', np.full((n_in,20,20), round(i*255/4), np.uint8))
+    save_encoder(small_encoder(n_in), run/'encoder.safetensors', size=16, window=window)
+    here = dict(num_workers=0, device='cpu')
+    explore_images(run, photos, tmp_path/'map.html', groups=2, projection='pca', **here)
+    label_images(run, photos, tmp_path/'label.html', n=4, neighbors=0, **here)
+    assert not [o for o in recwarn if 'gray on the page' in str(o.message)]
+    for name in ('map.html','label.html'):
+        [sheet] = re.findall('class="sheet".*? src="data:.*?,(.*?)"', (tmp_path/name).read_text())
+        row = np.array(Image.open(io.BytesIO(base64.b64decode(sheet))).convert('L')).astype(int)
+        np.testing.assert_allclose(sorted(row[64,64::128]), [0,64,128,191], atol=8)  # lossy, and of 219 levels
 
 def test_image_that_is_gone(place, tmp_path):
     "Features took long to compute: the page comes, with a gray image and a warning that names it"

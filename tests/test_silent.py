@@ -46,15 +46,23 @@ def test_guard_leaves_other_learners_alone(folder):
 
 def test_no_whole_batch(folder):
     "More images in a batch than in the data set, in plain DataLoaders: an error before the first epoch"
-    learn = Learner(plain_dls(folder, 999), small_learner(n_in=3).model, loss_func=no_targets, cbs=SWAV(small_augs()))
+    learn = Learner(plain_dls(folder, 999), small_learner(n_in=3).model, cbs=SWAV(small_augs()))
     with learn.no_bar(), pytest.raises(ValueError, match='bs=999 and 10 training images'): learn.fit(1)
 
 def test_plain_image_block(folder):
-    "fastai's own block: `swav_learner` brings the loss function that a Learner asks for, or `no_targets` is passed"
+    "fastai's own block has no loss function, which a Learner asks for"
     with pytest.warns(UserWarning): learn = swav_learner(plain_dls(folder), small_encoder(3), n_protos=400)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert torch.stack(learn.recorder.losses).isfinite().all()
-    learn = Learner(plain_dls(folder), small_learner(n_in=3).model, loss_func=no_targets, cbs=SWAV(small_augs()))
+    dls,model,method = plain_dls(folder),small_learner(n_in=3).model,SWAV(small_augs())
+    own = nn.MSELoss()
+    assert Learner(dls, model, own, cbs=method).loss_func is own
+    assert Learner(digits(20, labeled=True), model, cbs=method).loss_func is not no_targets
+    for cbs in (None,[TakeTarget]):
+        with pytest.raises(AssertionError, match='loss function'): Learner(dls, model, cbs=cbs)
+    with pytest.raises(TypeError, match=r'write cbs=\[SWAV\(augs\)\]'): Learner(dls, model, cbs=[SWAV])
+    with pytest.raises(TypeError, match="'model'"): Learner(dls)
+    learn = Learner(dls, model, None, cbs=method)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert learn.loss_func is no_targets and torch.stack(learn.recorder.losses).isfinite().all()
 
