@@ -357,6 +357,7 @@ def configured(
         recipe = saved_recipe(saved, path)
     except (ValueError,KeyError,TypeError) as e:
         raise ValueError(f"config must be the settings.json of a run, got {path}: {e}") from e
+    if args.hours: old.pop('epochs', None)
     defaults = PretrainArgs(args.source)
     given = {n: getattr(args, n) for n in old if getattr(args, n)!=getattr(defaults, n)}
     old = old | given | dict(settings=[*old.get('settings', ()), *given.get('settings', ())])
@@ -457,9 +458,10 @@ class PretrainRun:
         if self.args.resume and self.args.bs%self.n_ranks:
             print(f"--bs {self.args.bs} shared by {self.n_ranks} processes: {self._bs_of_rank(self.args.bs)} each")
         self.learn = self._make_learner()
-        fit = self.learn.recipe['fit']
-        if self.args.epochs is not None: self.learn.recipe.put('fit', 'n_epoch', self.args.epochs, why)
-        self.epochs = fit['n_epoch']
+        recipe,bs = self.learn.recipe,self.learn.dls.bs
+        if self.args.epochs is not None: recipe.put('fit', 'n_epoch', self.args.epochs, why)
+        if args.config and recipe['dls']['bs']!=bs: recipe.put('dls', 'bs', bs, 'given')
+        self.epochs = recipe['fit']['n_epoch']
 
     def _decide(self, args):
         "What the folder of the run has to say, as plain data: one process looks, for all"

@@ -214,8 +214,11 @@ def test_config_and_log(tmp_path, command):
     assert (a/'encoder.safetensors').read_bytes()==(b/'encoder.safetensors').read_bytes()
     saved,again = (json.loads((o/'settings.json').read_text()) for o in (a,b))
     assert saved['args']==again['args'] and saved['recipe']==again['recipe']
-    run = runs.PretrainRun('digits', tmp_path/'c', config=str(a), epochs=3, settings=['eps=.07'])
+    run = runs.PretrainRun('digits', tmp_path/'c', config=str(a), epochs=3, bs=16, settings=['eps=.07'])
+    assert run.learn.recipe['dls']['bs']==16 and run.learn.recipe.reasons['dls.bs']=='given'
     assert run.epochs==3 and run.learn.swav.eps==.07 and len(run.learn.model.prototypes.weight)==16
+    timed,_ = runs.configured(cli.PretrainArgs('digits', config=str(a), hours=.5))
+    assert timed.hours==.5 and timed.epochs is None and timed.settings==again['args']['settings']
     names,values = (l.split(',') for l in (a/'history.csv').read_text().splitlines())
     record, = map(json.loads, (a/'history.jsonl').read_text().splitlines())
     assert list(record)==[*names,'data_wait'] and [str(record[o]) for o in names]==values and 0<=record['data_wait']<1
