@@ -416,7 +416,8 @@ def main():
     for o in map(root.joinpath, ('LICENSE','CITATION.cff','settings.ini','docs/cluster/slurm.sh',
                                  'docs/cluster/pytorchjob.yaml')):
         write(made/'extra'/'files'/o.relative_to(root), o.read_text(encoding='utf-8'))
-    for o in (site, root/'build'/'html'): shutil.rmtree(o, ignore_errors=True)
+    # doctrees too: labels of an older version would count as doubles
+    for o in (site, root/'build'/'html', root/'build'/'doctrees'): shutil.rmtree(o, ignore_errors=True)
     built = root/'build'/'html'  # myst-nb writes a folder beside it
     rc = build_main(['-q', '-W', '--keep-going', '-d', str(root/'build'/'doctrees'), str(made), str(built)])
     if rc: return rc
