@@ -270,7 +270,7 @@ class SelectArgs(ImageArgs):
     "Select the images of a folder that should be labeled first"
     run:str # Folder of a run, or the file of its encoder
     folder:str # Folder of images, searched recursively
-    n:int = option(50, short='n', flag='number', metavar='N') # Images to select
+    n:int = option(50, short='n', flag='number', metavar='N') # Images to select; all where there are fewer
     # How: images that cover the others, typical images of different groups, or random ones: coverage, typical, random
     method:str = option('coverage', metavar='NAME')
     # Labels that exist already, a file with the columns file and class: the selection goes on from there

@@ -203,7 +203,9 @@ def select_images(
     labels = read_labels(args.labels)[0] if args.labels else {}
     x,files = features_for(args)
     names = relative_names(files, args.folder)
-    idxs = select_to_label(x, args.n, args.method, known_indices(names, labels, args.labels), seed=args.seed)
-    chosen = [names[i] for i in idxs.tolist()]
+    labeled = known_indices(names, labels, args.labels)
+    n = min(args.n, len(files)-len(labeled))
+    if not n: raise ValueError(f"labels must leave an image without a class, {args.labels} has one for each")
+    chosen = [names[i] for i in select_to_label(x, n, args.method, labeled, seed=args.seed).tolist()]
     write_labels(args.out, dict.fromkeys(chosen, ''))
     return chosen

@@ -164,15 +164,16 @@ def test_links_out_of_a_folder(command, tmp_path):
     code,_,err = command('finetune', tmp_path/'run', tmp_path/'labels.csv', '--folder', tmp_path/'photos', '--method',
                          'probe', '--folds', 2, '-o', tmp_path/'classifier', *here)
     assert code==0, err
-    more = {'explore': ['--projection','pca'], 'select': ['-n',8]}
     for name,out in dict(embed='x.csv', sort='sorted', explore='map.html', select='s.csv', label='label.html',
                          predict='p.csv').items():
         run = tmp_path/('classifier' if name=='predict' else 'run')
-        code,_,err = command(name, run, tmp_path/'photos', '-o', tmp_path/out, *more.get(name, []), *here,
-                             '--follow-links')
+        more = ['--projection','pca'] if name=='explore' else []
+        code,_,err = command(name, run, tmp_path/'photos', '-o', tmp_path/out, *more, *here, '--follow-links')
         assert code==0, err
         written = [*(tmp_path/out).rglob('*.csv')] if name=='sort' else [tmp_path/out]
         assert all(f'link/{i}.png' in written[0].read_text() for i in range(4, 8)), name
+    code,_,err = command('select', tmp_path/'run', tmp_path/'photos', '--labels', tmp_path/'labels.csv', *here)
+    assert code==2 and '--labels must leave an image without a class' in err  # the four without those of the links
 
 def test_values_that_are_not_finite(command, tmp_path):
     "One line, without fastai's words about the callback"
