@@ -107,6 +107,7 @@ def quick_run(tmp_path_factory):
     out = tmp_path_factory.mktemp('quality')
     return out,quality.main(['--quick','--seeds','1','--out',str(out)])
 
+@pytest.mark.slow
 def test_quality_gives_a_table_of_all_arms(quick_run):
     out,text = quick_run
     rows = [o for o in text.splitlines() if o.startswith('|')]
@@ -120,6 +121,7 @@ def test_quality_gives_a_table_of_all_arms(quick_run):
     same = ('epochs','bs','channels','data','seed')
     assert [runs[0]['key'][k] for k in same]==[runs[1]['key'][k] for k in same]
 
+@pytest.mark.slow
 def test_quality_does_nothing_twice_and_again_what_has_changed(quick_run, monkeypatch):
     out,text = quick_run
     monkeypatch.setattr(quality, 'arms', dict.fromkeys(quality.arms))   # nothing can be pretrained any more
@@ -172,6 +174,7 @@ def methods_run(tmp_path_factory):
     out = tmp_path_factory.mktemp('methods')
     return out,methods.main(['--quick','--seeds','1','--out',str(out)])
 
+@pytest.mark.slow
 def test_methods_gives_a_row_for_each(methods_run):
     out,text = methods_run
     first,second = text.split('\n\n')
@@ -185,6 +188,7 @@ def test_methods_gives_a_row_for_each(methods_run):
     assert len(same)==len(methods.arms)
     for k in ('epochs','channels','data','valid_pct','seed'): assert len({str(o[k]) for o in same})==1
 
+@pytest.mark.slow
 def test_methods_does_nothing_twice(methods_run, monkeypatch):
     out,text = methods_run
     monkeypatch.setattr(methods, 'training', None)  # nothing can be pretrained any more

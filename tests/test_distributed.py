@@ -285,6 +285,7 @@ def test_torchrun(tmp_path):
     # a process that ends beside gloo's threads is aborted now and then
     assert all(o.read_text()=='0' for o in tmp_path.glob('threads*'))
 
+@pytest.mark.slow
 def test_torchrun_ends_when_a_rank_dies(tmp_path):
     started = time.time()
     res = _torchrun(tmp_path, 'die')

@@ -59,7 +59,8 @@ def train(cb=None, n_epoch=6, encoder=None):
     return learn
 
 @pytest.mark.parametrize('mode,dtype,kwargs',
-                         [('bf16',torch.bfloat16,{}),('fp16',torch.float16,dict(init_scale=1024.))])
+                         [('bf16',torch.bfloat16,{}),
+                          pytest.param('fp16', torch.float16, dict(init_scale=1024.), marks=pytest.mark.slow)])
 def test_loss_is_float32s(mode, dtype, kwargs):
     "30 steps, the loss at each within 1 % of that in float32"
     encoder = (lambda: (seed_all(), Small())[1]) if mode=='fp16' else (lambda: (seed_all(), resnet())[1])

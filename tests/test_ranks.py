@@ -107,7 +107,8 @@ def test_pretrain(numbers, photos, tmp_path):
     assert codes==[0,0] and 'going on at epoch 1, batch' in out[0]
     assert weights(cut)==weights(whole) and epochs(cut)==epochs(whole)
 
-@pytest.mark.parametrize('stopped', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('stopped', [False,True])
 def test_pretrain_on_shards(stopped, photos, tmp_path):
     "Ranks share them, with no image left to validate; a run that was stopped goes on bit for bit"
     prepare_shards(photos, tmp_path/'shards', size=16)

@@ -122,9 +122,9 @@ def test_machines(project):
     try:
         numeric.write_text(f'import os\n{numeric_test}'
                            "def test_setting(): assert os.environ['OMP_NUM_THREADS'] != '4'\n")
-        res = run(project, 'tools/machines.py', '1 thread', '2 threads', '4 threads')
+        res = run(project, 'tools/machines.py', '1 thread', '4 threads')
         assert [l.split(' in ')[0] for l in res.stdout.splitlines() if l.startswith('machines: ')] == [
-            'machines: 1 thread: 3 passed, 0 failed, 0 skipped', 'machines: 2 threads: 3 passed, 0 failed, 0 skipped',
+            'machines: 1 thread: 3 passed, 0 failed, 0 skipped',
             'machines: 4 threads: 2 passed, 1 failed, 0 skipped'], res.stdout+res.stderr
     finally: numeric.write_text(numeric_test)
 
@@ -224,6 +224,7 @@ def test_outputs_name_no_place(nb):
     outputs = json.dumps([c.get('outputs', []) for c in json.loads(nb.read_text())['cells']])
     assert str(root) not in outputs and str(Path.home()) + '/' not in outputs and 'site-packages' not in outputs
 
+@pytest.mark.slow
 def test_gpu_tests_are_right():
     "The tests for a GPU, tried on a CPU: a part that is quick"
     env = dict(os.environ, SWAV_DEVICE='cpu')
