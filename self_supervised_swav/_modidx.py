@@ -2310,6 +2310,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'self_supervised_swav/select.py'),
                                              'self_supervised_swav.select.known_indices': ( 'select.html#known_indices',
                                                                                             'self_supervised_swav/select.py'),
+                                             'self_supervised_swav.select.number_to_label': ( 'select.html#number_to_label',
+                                                                                              'self_supervised_swav/select.py'),
                                              'self_supervised_swav.select.read_csv': ( 'select.html#read_csv',
                                                                                        'self_supervised_swav/select.py'),
                                              'self_supervised_swav.select.read_labels': ( 'select.html#read_labels',

@@ -119,6 +119,8 @@ def UnlabeledImageBlock(
     return TransformBlock(type_tfms=[opened,NoTargets()], batch_tfms=IntToFloatTensor)
 
 # %% ../nbs/30_data.ipynb #41e61017
+def _is_method(o): return isinstance(o, MultiView) or isinstance(o, type) and issubclass(o, MultiView)
+
 class NoTargetsGuard(Callback):
     "Refuse a fit that would change nothing: images without targets, and no callback that brings some"
     order,run_valid = 1000,False  # after every callback that may bring them
@@ -126,15 +128,13 @@ class NoTargetsGuard(Callback):
     def _leave_unless_needed(self):
         learn = self.learn
         unlabeled = no_targets in (learn.loss_func,getattr(learn.dls.train_ds, 'loss_func', None))
-        if not unlabeled or any(isinstance(o, MultiView) for o in learn.cbs): learn.remove_cb(self)
+        if not unlabeled or any(map(_is_method, learn.cbs)): learn.remove_cb(self)
     after_create = before_fit = _leave_unless_needed
 
     def after_pred(self):
         if self.training and not len(self.learn.yb): no_targets(self.pred)
 
 if NoTargetsGuard not in defaults.callbacks: defaults.callbacks.append(NoTargetsGuard)
-
-def _is_method(o): return isinstance(o, MultiView) or isinstance(o, type) and issubclass(o, MultiView)
 
 def _with_placeholder(init):
     "Before a callback can say that it brings the loss, `init` refuses DataLoaders that have none"

@@ -20,7 +20,8 @@ from .files import check_writable
 from .grouping import directions
 from .knn import nearest_neighbors
 from .pages import image_uri, thumbnail, write_page
-from .select import known_indices, read_csv, read_labels, relative_names, select_to_label
+from .select import (known_indices, number_to_label, read_csv, read_labels, relative_names,
+                                         select_to_label)
 
 # %% ../nbs/43_label.ipynb #1abe0007
 def _large_px(n): return next((px for most,px in ((200,512),(1000,384)) if n<=most), 256)
@@ -102,8 +103,7 @@ def label_images(
     names = relative_names(files, args.folder)
     labeled = known_indices(names, labels, args.labels)
     listed = [i for i in dict.fromkeys(known_indices(names, wanted, args.files)) if i not in set(labeled)]
-    n = min(args.n, len(listed) if args.files else len(files)-len(labeled))
-    if not n: raise ValueError(f"labels must leave an image without a class, {args.labels} has one for each")
+    n = number_to_label(args, len(listed) if args.files else len(files)-len(labeled))
     chosen = listed[:n] if args.files else select_to_label(x, n, args.method, labeled, seed=args.seed).tolist()
     label_page(x, files, chosen, args.out, args.folder, labels, groups, args.classes, args.neighbors,
                title=args.title or '', command=finetune_command(args),

@@ -44,7 +44,7 @@ def _as_many_threads():
 
 @pytest.fixture
 def threads_back():
-    "For a test of a benchmark, which sets the number of threads of its process"
+    "For a test that sets the number of threads of its process, as benchmarks do"
     yield
     torch.set_num_threads(n_threads)
 

@@ -196,12 +196,9 @@ def run(tmp_path_factory):
 def _bytes(*paths): return [p.read_bytes() for p in paths]
 
 @pytest.fixture
-def one_thread():
+def one_thread(threads_back):
     "In this process as in the ranks: another number adds up in another order"
-    n = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 @pytest.mark.parametrize('more', [[], ['--whiten']], ids=['','whitened'])
 def test_embed(more, run, photos, tmp_path, one_thread):
