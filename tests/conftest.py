@@ -10,9 +10,8 @@ import sandbox
 sandbox.enter()  # before the package reads anything about the processor
 import matplotlib.pyplot as plt, pytest, torch
 from PIL import Image
-from fastcore.xml import P
 from sklearn.datasets import load_digits
-from helpers import small_learner
+from helpers import small_learner, words_for
 from self_supervised_swav import cli, report
 from self_supervised_swav.monitor import CollapseMonitor
 
@@ -59,7 +58,7 @@ def _no_network():
 def command(capsys, monkeypatch):
     """Run `swav ARGS`, in this process: exit code, stdout, stderr. The report of a run has words in place of pictures,
     which take as long as a short training; tests/test_report.py and the notebooks draw them"""
-    monkeypatch.setattr(report, '_figure', lambda picture: P(picture.title, picture.alt, picture.caption))
+    monkeypatch.setattr(report, '_figure', words_for)
     def run(*args):
         try: code = cli.main(args)
         except SystemExit as e: code = e.code

@@ -3,7 +3,9 @@ import random, warnings
 import numpy as np, pytest, torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
+from fastcore.xml import P
 from sklearn.datasets import load_digits
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from self_supervised_swav.augment import get_swav_aug_pipelines
@@ -32,6 +34,12 @@ def small_encoder(n_in=1):
     return create_encoder('resnet18', n_in=n_in, pretrained=False, small_images=True, layers=(1,1,1,1),
                           channels=(8,8,16,16))
 
+def quick_encoder():
+    "Two convolutions, for 16 px images: where it does not matter what is trained"
+    def block(n_in, n_out):
+        return nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False),nn.BatchNorm2d(n_out),nn.ReLU()
+    return nn.Sequential(*block(1, 8), *block(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
 def small_learner(n=100, labeled=False, bs=16, augs=None, n_in=1, n_protos=20, seed=0, cbs=(), dls=None, learner={},
                   **swav_kwargs):
     "A Learner with `SWAV`, quiet and seeded"
@@ -58,7 +66,7 @@ def method_learner(case, n=100, labeled=False, seed=0, cbs=(), dls=None, monitor
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # a queue of a quarter of the images, and the like
         settings = {k:v for k,v in quick.items() if k in known} | given | kwargs
-        learn = pretrain_learner(dls or digits(n, labeled), small_encoder(), cbs=cbs, bf16=False, **settings)
+        learn = pretrain_learner(dls or digits(n, labeled), quick_encoder(), cbs=cbs, bf16=False, **settings)
     if not monitor: learn.remove_cb(learn.collapse_monitor)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
@@ -102,6 +110,10 @@ class Noisy:
     def __getitem__(self, i):
         self.loaded.append(i)
         return torch.tensor([float(i), torch.rand(1).item(), random.random(), np.random.rand()])
+
+def words_for(picture):
+    "In place of a picture of a report, whose drawing takes as long as a short training"
+    return P(picture.title, picture.alt, picture.caption)
 
 # settings of a `swav pretrain` of seconds
 tiny_run = ['--set', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16', 'num_crops=2,1', 'bf16=False']

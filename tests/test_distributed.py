@@ -273,6 +273,7 @@ def _torchrun(folder, *args):
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     return subprocess.run([*cmd, str(folder/'script.py'), *args], env=env, capture_output=True, text=True, timeout=110)
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     res = _torchrun(tmp_path)
     assert res.returncode==0, res.stderr[-3000:]

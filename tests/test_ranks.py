@@ -7,11 +7,11 @@ from pathlib import Path
 import multiprocessing as mp, pytest, torch, yaml
 import torch.distributed as dist
 from fastai.callback.core import Callback
-from helpers import tiny_run as tiny
+from helpers import tiny_run as tiny, words_for
 from sandbox import python_path
 from test_distributed import ranks_learner, run_ranks
 from torch.distributed.run import get_args_parser
-from self_supervised_swav import cli, runs
+from self_supervised_swav import cli, report, runs
 from self_supervised_swav.checkpoints import save_encoder
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.prepare import prepare_shards
@@ -66,6 +66,7 @@ def at_step(step, f):
 def _signal(rank, which, step, num):
     if rank==which: at_step(step, lambda: os.kill(os.getpid(), num))
 def _no_report(rank): runs.PretrainRun._finish = lambda self: None
+def _no_pictures(rank): report._figure = words_for
 def _hang(rank, which, step):
     if rank==which: at_step(step, lambda: time.sleep(300))
 def _raise(rank, which, step):
@@ -81,7 +82,7 @@ def test_pretrain(numbers, photos, tmp_path):
     "One writer; the ranks end together when one is told to; the same number goes on bit for bit, another at an epoch"
     args = ['pretrain',photos,'--bs',32,'--num-workers',0]
     settings,whole,cut = ['--epochs',3,'--every',4,*tiny],tmp_path/'whole',tmp_path/'cut'
-    codes,out,err = on_ranks(tmp_path, 2, [*args,*settings,'--out',whole])
+    codes,out,err = on_ranks(tmp_path, 2, [*args,*settings,'--out',whole], before=(_no_pictures,))
     assert codes==[0,0], err
     assert '2 processes x 16 images' in out[0] and f'Wrote {whole}' in out[0] and out[1]==err[0]==err[1]==''
     assert {o.name for o in whole.iterdir()}=={'settings.json','encoder.safetensors','last.pth','last.pth.prev',
@@ -103,7 +104,7 @@ def test_pretrain(numbers, photos, tmp_path):
         assert (f"going on at epoch 2, batch 0 (written by 2 processes, {n} now; epoch 1, of which {n_done} batches "
                 "were done, is left there)") in out[0]
         assert [o.split(',')[0] for o in epochs(other)]==['epoch','0','2']
-    codes,out,_ = on_ranks(tmp_path, 2, [*args,'--out',cut,'--resume'])
+    codes,out,_ = on_ranks(tmp_path, 2, [*args,'--out',cut,'--resume'], before=(_no_pictures,))
     assert codes==[0,0] and 'going on at epoch 1, batch' in out[0]
     assert weights(cut)==weights(whole) and epochs(cut)==epochs(whole)
 

@@ -215,7 +215,7 @@ def test_encoder_in_another_layout_or_compiled_trains_alike(how):
         losses.append([float(o) for o in learn.recorder.losses])
     np.testing.assert_allclose(*losses, rtol=2e-3)
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_float32_from_scores_to_loss_under_autocast(dtype):
     learn = small_learner(K=24, queue_start_pct=0.)
     seen = {}

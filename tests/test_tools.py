@@ -22,7 +22,8 @@ def write_nb(path, cells):
 
 def run(project, *cmd):
     env = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST')}
-    return subprocess.run([sys.executable, *cmd], cwd=project, env={**env, 'PYTHONPATH': str(project)},
+    quick = {'PYTHONPATH': str(project), 'PYTEST_ADDOPTS': '-p no:hypothesispytest -p no:hydra_pytest'}
+    return subprocess.run([sys.executable, *cmd], cwd=project, env=env | quick,
                           capture_output=True, text=True)
 
 @pytest.fixture(scope='module')
