@@ -105,6 +105,13 @@ def _is_fault(e):
 def _n_ranks(): return int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.environ else 1
 def _rank(): return int(os.environ['RANK']) if _n_ranks()>1 else 0
 
+def _listed(bad):
+    "Write a list of more files than an error has room for; what the error says of it"
+    from self_supervised_swav.data import write_bad_files
+    try: write_bad_files(dict(sorted(bad.items())), 'bad_files.txt')
+    except OSError: return ''
+    return '. bad_files.txt lists all of them'
+
 @contextmanager
 def exit_codes(
     command, # Name of the command, for messages
@@ -120,6 +127,7 @@ def exit_codes(
             stopped = isinstance(e, KeyboardInterrupt)
             if not (stopped or is_foreseen(e) or _is_fault(e)): raise
             text,rank = in_options(_own_words(str(e)), cls),_rank()
+            if not rank and len(getattr(e, 'bad', ()))>1: text += _listed(e.bad)
             said = f'{command}: {text or "stopped"}' if stopped else f'{command}: error: {text}'
             if rank and not stopped: said = f'rank {rank}: {said}'
             if again := getattr(e, 'again', None): said += f'\n{command}: continue after that with: {again}'

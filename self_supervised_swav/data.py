@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['no_targets', 'NoTargets', 'Skipped', 'OpenImage', 'UnlabeledImageBlock', 'TensorChannels', 'OpenChannels',
            'image_block', 'ResizeChannels', 'resize', 'look_at_images', 'check_images', 'list_images',
-           'write_bad_files', 'split_bad', 'find_images', 'find_copies', 'random_split', 'fit_bs', 'image_data_block',
-           'n_loaders', 'skip_unreadable', 'workers_of_parts', 'image_dls', 'swav_dls', 'TensorImages', 'TensorDL',
-           'tensor_dls', 'labels_of', 'subset', 'digits_dls', 'read_idx', 'fashion_mnist_dls']
+           'write_bad_files', 'BadImages', 'split_bad', 'find_images', 'find_copies', 'random_split', 'fit_bs',
+           'image_data_block', 'n_loaders', 'skip_unreadable', 'workers_of_parts', 'image_dls', 'swav_dls',
+           'TensorImages', 'TensorDL', 'tensor_dls', 'labels_of', 'subset', 'digits_dls', 'read_idx',
+           'fashion_mnist_dls']
 
 # %% ../nbs/30_data.ipynb #0720e510
 import gzip, math, os, random, struct, sys, warnings
@@ -290,6 +291,12 @@ def write_bad_files(
     with atomic_path(path) as p:
         p.write_text(''.join(f'{escape_name(fn)}\t{escape_name(o)}\n' for fn,o in bad.items()), encoding='utf-8')
 
+class BadImages(ValueError):
+    "Files that are not readable images; `bad` has the reason for each"
+    def __init__(self, text, bad=None):
+        super().__init__(text)
+        self.bad = bad or {}
+
 def split_bad(
     infos:dict, # What `look_at_images` gave
     skip_bad:bool=False # A warning instead of an error?
@@ -300,7 +307,8 @@ def split_bad(
     shown = _first_of([f'{escape_name(fn)} ({escape_name(o)})' for fn,o in bad.items()])
     what = 'is not a readable image' if len(bad)==1 else 'are not readable images'
     said = f"{len(bad):,} of {count_of(len(infos), 'file')} {what}: {shown}"
-    if not skip_bad: raise ValueError(f"{said}. Pass skip_bad=True to leave {'it' if len(bad)==1 else 'them'} out")
+    if not skip_bad:
+        raise BadImages(f"{said}. Pass skip_bad=True to leave {'it' if len(bad)==1 else 'them'} out", bad)
     warnings.warn(f"skipped: {said}", stacklevel=3)
     return {fn: o for fn,o in infos.items() if fn not in bad},bad
 

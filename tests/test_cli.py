@@ -386,6 +386,20 @@ def test_refused(tmp_path, monkeypatch, command, args, match):
     assert code==2 and match in err and err.startswith('swav pretrain: error: ') and len(err.splitlines())==1, err
     assert not (tmp_path/'run').exists()
 
+def test_bad_files_are_listed(tmp_path, monkeypatch, command):
+    "Whole, where the error has room for five"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'junk').mkdir()
+    for i in range(7): (tmp_path/'junk'/f'{i}.png').write_text('no image')
+    code,_,err = command('pretrain', 'junk', '--out', 'run')
+    assert code==2 and 'and 2 more. Pass --skip-bad to leave them out. bad_files.txt lists all of them' in err
+    lines = (tmp_path/'bad_files.txt').read_text().splitlines()
+    assert [Path(o.split('\t')[0]).name for o in lines]==[f'{i}.png' for i in range(7)]
+    (tmp_path/'bad_files.txt').unlink()
+    (tmp_path/'bad_files.txt').mkdir()  # it cannot be written
+    code,_,err = command('pretrain', 'junk', '--out', 'run')
+    assert code==2 and err.rstrip().endswith('to leave them out')
+
 def test_folder_not_writable(tmp_path, command):
     (tmp_path/'file').write_text('mine')
     for out in (tmp_path/'file',tmp_path/'file'/'run'):

@@ -1,9 +1,10 @@
 """The parts of `make demo` that are no command of the package: digits as image files (`digits`), the answers of
 somebody who looks at the selected images (`label`), and the accuracy on images that took no part in anything
 (`score`)."""
-import argparse, statistics
+import argparse, statistics, warnings
 from pathlib import Path
 
+warnings.filterwarnings('ignore', '.torch.jit', FutureWarning)  # fastai and kornia, when they are imported
 import numpy as np, torch
 from fastai.callback import schedule  # noqa: F401  it patches Learner
 from fastai.torch_core import set_seed
