@@ -116,4 +116,5 @@ def words_for(picture):
     return P(picture.title, picture.alt, picture.caption)
 
 # settings of a `swav pretrain` of seconds
-tiny_run = ['--set', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16', 'num_crops=2,1', 'bf16=False']
+tiny_run = ['--set', 'encoder.layers=1,1,1,1', 'encoder.channels=8,8,16,16', 'hidden_size=16', 'n_protos=16',
+            'num_crops=2,1', 'bf16=False']

@@ -380,7 +380,8 @@ def test_published_encoders_are_compared_as_they_were_trained(published):
     assert 'size' not in create_encoder('resnet18', small_images=True, **tiny).settings
     assert 'stats' not in create_encoder('resnet18', pretrained=False, **tiny).settings
 
-small = ['--set','encoder.channels=8,8,16,16','hidden_size=16','n_protos=16','num_crops=2,1','bf16=False']
+small = ['--set','encoder.layers=1,1,1,1','encoder.channels=8,8,16,16','hidden_size=16','n_protos=16','num_crops=2,1',
+         'bf16=False']
 
 def test_init_of_the_command(tmp_path, command, old):
     "From a file to a run: architecture, weights, statistics; stopped and resumed without the file"
