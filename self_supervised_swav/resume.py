@@ -47,7 +47,8 @@ def _plain_attrs(o, tensors=False, but=('learn',)):
     return res
 
 def _set_attrs(o, attrs):
-    for k,v in attrs.items(): setattr(o, k, L(v) if isinstance(vars(o).get(k), L) else v)
+    "Where they came from: `setattr` of a fastai callback warns of names that a Learner or its model has, too"
+    vars(o).update({k: L(v) if isinstance(vars(o).get(k), L) else v for k,v in attrs.items()})
 
 def _metrics_of(rec): return [rec.loss, rec.smooth_loss, *rec.metrics]
 

@@ -296,6 +296,7 @@ class StopAt(Callback):
     def before_batch(self):
         if self.training and (self.epoch,self.iter)==self.place: self.resume_training.stop()
 
+@pytest.mark.filterwarnings('error:You are shadowing')
 @pytest.mark.parametrize('at', [(0,1),(1,3)])
 @pytest.mark.parametrize('case', ['simclr','mocov1','mocov2','deepclusterv2'])
 def test_resume(case, at, tmp_path):

@@ -1,6 +1,7 @@
 "Stopping and resuming gives the same bits as not stopping"
 import multiprocessing, os, random, subprocess, sys, time, warnings
 from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -600,20 +601,26 @@ def run(path, out, nw=0):
 def kill_until_done(start, path, out, seconds, n_kills, seed):
     """`start` a process and kill it, `n_kills` times; then let it end. Every other time the random moment is counted
     from the process's first checkpoint on, so that, however busy the machine, half of the kills come during new work"""
-    def written(): return path.stat().st_mtime_ns if path.exists() else 0
-    rnd,killed,places = random.Random(seed),0,set()
+    prev = Path(f'{path}.prev')
+    def written():
+        "When the newest checkpoint was: while one takes the place of another, there is only the one before it"
+        times = [0]
+        for o in (prev,path):
+            with suppress(FileNotFoundError): times.append(o.stat().st_mtime_ns)
+        return max(times)
+    rnd,killed,n_new = random.Random(seed),0,0
     while killed < n_kills:
         before,p = written(),start()
-        while killed%2 and written() in (0, before) and p.poll() is None: time.sleep(0.002)
+        while killed%2 and written() == before and p.poll() is None: time.sleep(0.002)
         time.sleep(rnd.uniform(0, seconds))
         if p.poll() is None:
             p.kill(); p.wait()
             killed += 1
-            places.add(written())
+            n_new += written()!=before
         else:                                                       # it was done before it was killed: from the start
             assert p.poll() == 0
-            for f in (path, Path(f'{path}.prev'), out): f.unlink()
-    assert len(places) >= n_kills//2
+            for f in (path, prev, out): f.unlink()
+    assert n_new >= n_kills//2
     p = start(); p.wait()
     assert p.poll() == 0
     return torch.load(out, weights_only=True)
