@@ -3,7 +3,7 @@ and its end; nearest neighbors among many features; `swav embed`; photographs of
 the shards that `swav prepare` makes of them; an hour of `swav pretrain`, and four processes of it. Every piece
 that is done stays in `runs/load` and is not done again.
 `--images 20000` for less, `--quick` in a minute, `--write` keeps the table in README.md. The images are synthetic."""
-import argparse, contextlib, io, math, os, shutil, subprocess, sys, time, warnings
+import argparse, contextlib, io, math, os, re, shutil, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -60,11 +60,13 @@ def in_silence(f, *args, **kwargs):
 
 # --- measures ---------------------------------------------------------------------------------------------------------
 def memory_of(process):
-    "Bytes of a process and all that it started, shared pages by their share"
+    """Bytes of a process and all that it started, shared pages by their share; without those of files, such as
+    libraries, whose share grows whenever another process that uses them ends"""
     n = 0
     for o in [process,*process.children(recursive=True)]:
-        # it may have ended since it was listed
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied): n += o.memory_full_info().pss
+        with contextlib.suppress(psutil.NoSuchProcess, OSError):  # it may have ended since it was listed
+            text = Path(f'/proc/{o.pid}/smaps_rollup').read_text()
+            n += sum(1024*int(kb) for kb in re.findall(r'^Pss_(?:Anon|Shmem):\s*(\d+) kB', text, re.M))
     return n
 
 def epoch(source, size, bs, workers):
@@ -155,8 +157,9 @@ def pieces(out, s, todo=True):
         write_small(small/f'{n}', n)
         return apart(prepared, small/f'{n}', out/f'shards-{n}', 64, 1)
     yield run('prepare small', dict(images=n), pack)
+    measured = dict(images=n, workers=1, memory=version(memory_of))
     for kind,source in (('folder',small/f'{n}'), ('shards',out/f'shards-{n}')):
-        yield run(f'epoch {kind}', dict(images=n, workers=1), lambda: apart(epoch, source, 64, 256, 1))
+        yield run(f'epoch {kind}', measured, lambda: apart(epoch, source, 64, 256, 1))
     yield run('search', dict(n=s['features'], queries=s['queries']),
               lambda: apart(search, s['features'], 128, s['queries']))
     yield run('embed', dict(images=n, minutes=s['embed_minutes']),
@@ -168,7 +171,7 @@ def pieces(out, s, todo=True):
     for kind,source in (('folder',photos), ('shards',out/'photo-shards')):
         yield run(f'photos {kind}', dict(photos=m), lambda: apart(epoch, source, 224, min(8, m//3), 0))
     k,n_ranks = min(n, 4000),4
-    own = dict(images=k, trained=version(train))
+    own = dict(images=k, trained=version(train, memory_of))
     yield run('train, one process', own|dict(hours=s['hours'], bs=64),
               lambda: train(small/f'{n}', out/'trained', 64, '--n-images', k, '--hours', s['hours']))
     epochs = math.ceil(s['steps']/(k//32))

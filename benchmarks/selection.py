@@ -25,7 +25,7 @@ from self_supervised_swav.select import select_to_label
 here = Path(__file__).resolve().parent
 sizes = 10,20,30,50,100,200,500
 methods = 'typical','coverage','random'
-tuned_draws = {10: 10, 20: 10, 30: 10, 50: 10, 100: 10, 200: 3, 500: 3}  # of fine-tuning, for each number of labels
+tuned_draws = dict.fromkeys(sizes, 10)  # of fine-tuning, for each number of labels
 full = {'fashion-mnist': dict(size=28, n_in=1, bs=128, epochs=4, channels=(32,64,128,256), small_images=True,
                               sizes=sizes, draws=10, tuned=tuned_draws, n_tune_test=2000),
         'clipart': dict(size=64, n_in=3, bs=128, epochs=5, channels=(32,64,128,256), small_images=False,
