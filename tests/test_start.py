@@ -12,7 +12,7 @@ from fastai.vision.core import imagenet_stats
 from hypothesis import given, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from helpers import digits, seed_all, small_encoder, small_learner
+from helpers import digits, seed_all, small_encoder, small_learner, tiny_run as small
 from test_resume import PowerCut, cut_after
 from self_supervised_swav import compare, runs
 from self_supervised_swav.checkpoints import encoder_settings, load_encoder, save_encoder
@@ -379,9 +379,6 @@ def test_published_encoders_are_compared_as_they_were_trained(published):
     assert encoder.settings['size']==224 and encoder.settings['stats'][0]==[pytest.approx(sum(imagenet_stats[0])/3)]
     assert 'size' not in create_encoder('resnet18', small_images=True, **tiny).settings
     assert 'stats' not in create_encoder('resnet18', pretrained=False, **tiny).settings
-
-small = ['--set','encoder.layers=1,1,1,1','encoder.channels=8,8,16,16','hidden_size=16','n_protos=16','num_crops=2,1',
-         'bf16=False']
 
 def test_init_of_the_command(tmp_path, command, old):
     "From a file to a run: architecture, weights, statistics; stopped and resumed without the file"
