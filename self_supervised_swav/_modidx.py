@@ -689,6 +689,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'self_supervised_swav/distributed.py'),
                                                   'self_supervised_swav.distributed.DistributedDL._broadcast': ( 'distributed.html#distributeddl._broadcast',
                                                                                                                  'self_supervised_swav/distributed.py'),
+                                                  'self_supervised_swav.distributed.DistributedDL.wif': ( 'distributed.html#distributeddl.wif',
+                                                                                                          'self_supervised_swav/distributed.py'),
                                                   'self_supervised_swav.distributed.Learner.detach_distributed': ( 'distributed.html#learner.detach_distributed',
                                                                                                                    'self_supervised_swav/distributed.py'),
                                                   'self_supervised_swav.distributed.Learner.to_distributed': ( 'distributed.html#learner.to_distributed',

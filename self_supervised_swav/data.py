@@ -11,7 +11,7 @@ __all__ = ['no_targets', 'NoTargets', 'Skipped', 'OpenImage', 'UnlabeledImageBlo
            'fashion_mnist_dls']
 
 # %% ../nbs/30_data.ipynb #0720e510
-import gzip, math, os, random, struct, sys, warnings
+import gc, gzip, math, os, random, struct, sys, warnings
 from contextlib import nullcontext
 from functools import wraps
 from inspect import signature
@@ -433,7 +433,7 @@ def image_dls(
     h,w = (size,size) if isinstance(size, int) else size
     block = image_block(n_in, (w,h), window, background, targets=bool(labels))
     dblock,items = image_data_block(files, block, splits, resize(n_in, (h,w), method), *labels)
-    kwargs = workers_of_parts(files, splits, num_workers)|kwargs
+    kwargs = workers_of_parts(files, splits, num_workers)|dict(wif=gc.freeze)|kwargs
     dls = dblock.dataloaders(items, bs=bs, device=device, **kwargs)
     dls.image_settings = dict(window=window, background=background)
     dls.skipped = skip_unreadable(block, files) if skip_bad else None

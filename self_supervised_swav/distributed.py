@@ -36,6 +36,9 @@ def _broadcast(self:DistributedDL, t, rank):
 def _set_rng(self, rng): self.dl.rng = rng
 DistributedDL.rng = property(lambda self: self.dl.rng, _set_rng)
 
+@patch
+def wif(self:DistributedDL): return self.dl.wif()
+
 # %% ../nbs/28_distributed.ipynb #8a4efee1
 class DDPTrainer(DistributedTrainer):
     "`DistributedTrainer` on GPUs and CPUs, with a queue that is shared once"
