@@ -1,10 +1,11 @@
 "How Sphinx shows what tools/docs.py has written into build/docs: no notebook is run, nothing comes from the network"
 import json
 from pathlib import Path
+from docutils import nodes
 from latex2mathml.converter import convert
 
 project = 'self_supervised_swav'
-author = 'self_supervised_swav contributors'
+author = copyright = 'self_supervised_swav contributors'  # as in LICENSE
 extensions = ['myst_nb', 'sphinx_copybutton']
 root_doc = 'index'
 exclude_patterns = ['extra']
@@ -37,19 +38,27 @@ def add_description(app, page, template, context, doctree):
     text = line.replace('&', '&amp;').replace('"', '&quot;').replace('<', '&lt;')
     context['metatags'] = context.get('metatags', '') + f'\n<meta name="description" content="{text}">'
 
+def mark_cells(app, doctree, page):
+    "Classes for what must not be broken, and for columns that need room"
+    for table in doctree.findall(nodes.tgroup):
+        for column in zip(*table.findall(nodes.row)):
+            lengths = [len(o.astext()) for o in column]
+            for o,n in zip(column, lengths):
+                if n<=16: o['classes'].append('short')
+                if max(lengths)>40: o['classes'].append('sentences')
+
 def visit_math(self, node):
     "Formulas as MathML, which browsers show without a script"
     self.body.append(convert(node.astext()))
-    from docutils.nodes import SkipNode
-    raise SkipNode
+    raise nodes.SkipNode
 
 def visit_math_block(self, node):
     "A formula on a line of its own"
     self.body.append('<div class="math">' + convert(node.astext(), display='block') + '</div>\n')
-    from docutils.nodes import SkipNode
-    raise SkipNode
+    raise nodes.SkipNode
 
 def setup(app):
     app.add_html_math_renderer('mathml', (visit_math,None), (visit_math_block,None))
     app.connect('html-page-context', add_description)
+    app.connect('doctree-resolved', mark_cells)
     app.config.html_math_renderer = 'mathml'

@@ -265,13 +265,18 @@ def test_text_for_programs(site, pages):
 @pytest.mark.slow
 @needs_browser
 def test_in_a_browser(site):
-    "Nothing is asked of the network, nothing is wider than the window, and the search finds a function from files"
+    "Nothing is asked of the network, nothing is wider than the window, text has room, and the search works from files"
+    wide = """[...document.querySelectorAll('article img')].filter(o =>
+        o.getBoundingClientRect().width>o.closest('article').getBoundingClientRect().width).map(o => o.src)"""
+    squeezed = """[...document.querySelectorAll('td')].filter(o =>
+        o.innerText.length>40 && o.getBoundingClientRect().width<100).map(o => o.innerText)"""
     for width in (390,1000,1600):
-        with open_page(site/'reference'/'swav.html', width=width) as page:
-            assert page.ok, (page.errors, page.outside)
-            assert page.eval('document.documentElement.scrollWidth')<=width
-            assert page.eval('[...document.querySelectorAll("article img")].every(o => o.getBoundingClientRect().width '
-                             '<= o.closest("article").getBoundingClientRect().width)')
+        with open_page(site/'index.html', width=width) as page:
+            for path in sorted(site.rglob('*.html')):
+                page.goto(path)
+                assert page.ok, (path, page.errors, page.outside)
+                assert page.eval('document.documentElement.scrollWidth')<=width, path
+                assert page.eval(wide)==[] and page.eval(squeezed)==[], (path, width)
     with open_page(site/'search.html') as page:
         page.goto((site/'search.html').as_uri()+'?q=sinkhorn')
         page.wait('document.querySelectorAll("#search-results li").length>1', 20)
