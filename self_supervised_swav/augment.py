@@ -236,7 +236,12 @@ def _more_tfms(x, tfms): return compose_tfms(_as_image(x), tfms, split_idx=0) if
 
 # %% ../nbs/12_augment.ipynb #d5181e29
 class MultiCrop:
-    "The views of a method: cuts them, and knows their sizes, statistics and settings"
+    """The views of a method: cuts them, and knows their sizes, statistics and settings
+
+    For example:
+
+        crops = MultiCrop(get_swav_aug_pipelines()).cut(x)  # a list of (B,C,size,size), one for each pipeline
+    """
     def __init__(self,
         pipelines # At least two fastai `Pipeline`s with `split_idx=0`, one a view
     ):

@@ -110,7 +110,12 @@ def model_card(
     format:str='safetensors', # Format of that file, as for `export_encoder`
     normalize:bool=False # Is the normalization inside of it?
 )->str: # Markdown, with metadata in YAML before it
-    "A page that says what the encoder of a run is"
+    """A page that says what the encoder of a run is
+
+    For example:
+
+        text = model_card('runs/photos', license='apache-2.0')
+    """
     if not re.fullmatch(r'[a-z0-9][a-z0-9.+-]*', str(license)):
         raise ValueError(f"license must be a name of the hub, such as apache-2.0 or cc-by-4.0, got {license!r}")
     if format not in _uses: raise ValueError(f"format must be one of {', '.join(_uses)}, got {format!r}")
@@ -162,7 +167,12 @@ def push_to_hub(
     message:str='Encoder and card', # Of the commit
     token:str|None=None # Of the account (default: the one that is logged in)
 ): # What `huggingface_hub.HfApi.upload_folder` returns
-    "Upload the encoder of a run and its card to the Hugging Face hub"
+    """Upload the encoder of a run and its card to the Hugging Face hub
+
+    For example:
+
+        push_to_hub('runs/photos', 'me/photos-encoder', license='apache-2.0')
+    """
     try: from huggingface_hub import HfApi
     except ImportError as e: raise ImportError("push_to_hub needs huggingface_hub: pip install huggingface_hub") from e
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(repo_id)):

@@ -111,7 +111,12 @@ def _open(path):
 def encoder_settings(
     path # File of `save_encoder`, or folder of a run
 )->dict: # arch, args, and what else was saved: stats, size
-    "The settings in a file, without its weights"
+    """The settings in a file, without its weights
+
+    For example:
+
+        encoder_settings('encoder.safetensors')['arch']
+    """
     with _open(path) as f: text = (f.metadata() or {}).get('encoder')
     if text is None:
         raise ValueError(f"{path} says nothing of its encoder, so save_encoder did not write it: make an encoder and "
@@ -224,7 +229,12 @@ def plan_network(
 def create_from_settings(
     settings:dict # Of an encoder, or of a file
 )->nn.Module: # With fresh random weights
-    "An encoder of the architecture in `settings`"
+    """An encoder of the architecture in `settings`
+
+    For example:
+
+        fresh = create_from_settings(encoder_settings('encoder.safetensors'))  # random weights
+    """
     library,lost = settings.get('library'),settings.get('lost')
     create = dict(timm=create_timm_encoder, fastai=create_fastai_encoder).get(str(library))
     if lost:
@@ -264,7 +274,13 @@ def load_encoder(
 def load_whitening(
     path # File of `save_encoder`, or folder of a run
 )->Whitening|None: # None if the file has none
-    "The whitening of an encoder's features that was saved with it"
+    """The whitening of an encoder's features that was saved with it
+
+    For example:
+
+        whitening = load_whitening('encoder.safetensors')  # None where none was saved
+        x = whitening(features)
+    """
     with _open(path) as f:
         own = {k.removeprefix(_whitening): f.get_tensor(k) for k in f.keys() if k.startswith(_whitening)}
     if not own: return None

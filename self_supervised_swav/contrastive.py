@@ -123,7 +123,10 @@ def nt_xent(
 
     The mean over pairs of a crop z and a large crop p of the same image of `-log(e(p) / (e(p) + sum of e(n)))`, with
     `e(x) = exp(cosine(z,x)/temp)` and n the large crops of all other images. A `ValueError` names an argument that
-    does not fit."""
+    does not fit.
+
+        loss = nt_xent(model(crops), temp=0.1)  # embeddings: (2,256,128) of two crops of 256 images
+    """
     _check_embeddings('embeddings', embeddings, 3, '(V,B,d)')
     V,B,_ = embeddings.shape
     large_ids = tuple(large_ids)
@@ -183,7 +186,10 @@ def info_nce(
 
     The mean over pairs of a query q and its key k of `-log(e(k) / (e(k) + sum of e(n)))`, with
     `e(x) = exp(cosine(q,x)/temp)` and n the rows of `queue`. Gradients flow to `queries` alone. A `ValueError` names
-    an argument that does not fit."""
+    an argument that does not fit.
+
+        loss = info_nce(queries, keys, queue, temp=0.07)  # (1,256,128), (1,256,128) and (1,65_536,128)
+    """
     if queries.ndim==2: queries,keys,queue = queries[None],keys[None],queue[None]
     for name,o,shape in (('queries',queries,'(V,B,d)'), ('keys',keys,'(A,B,d)'), ('queue',queue,'(A,K,d)')):
         _check_embeddings(name, o, 3, shape)

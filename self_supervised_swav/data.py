@@ -115,7 +115,12 @@ def UnlabeledImageBlock(
     window=None, # Values that become black and white in images of more than 8 bits: see `to_unit`
     background='white' # Color behind transparent pixels
 ):
-    "A `TransformBlock` for images without targets"
+    """A `TransformBlock` for images without targets
+
+    For example:
+
+        DataBlock(UnlabeledImageBlock, get_items=get_image_files, item_tfms=Resize(320))
+    """
     opened = OpenImage(cls, min_size, window, background)
     return TransformBlock(type_tfms=[opened,NoTargets()], batch_tfms=IntToFloatTensor)
 
@@ -482,7 +487,12 @@ def swav_dls(
 # %% ../nbs/30_data.ipynb #d698e15f
 class TensorImages:
     """Images (n,channels,height,width) and their classes, if they have any, as tensors; an index of one gives an item,
-    of many a batch"""
+    of many a batch
+
+    For example:
+
+        ds = TensorImages(torch.rand(100,3,32,32), torch.arange(100)%10)
+    """
     n_inp = 1
     def __init__(self,
         x, # Images: uint8, or floats from 0 to 1

@@ -354,7 +354,12 @@ def get_deepcluster_aug_pipelines(
     max_scales:tuple=(1.,.14), # Their largest area
     **kwargs # Passed to `get_batch_augs`
 )->list:
-    "Pipelines for DeepCluster-v2: SwAV's multi-crop"
+    """Pipelines for DeepCluster-v2: SwAV's multi-crop
+
+    For example:
+
+        augs = get_deepcluster_aug_pipelines(num_crops=(2,6), crop_sizes=(224,96))
+    """
     return get_swav_aug_pipelines(num_crops, crop_sizes, min_scales, max_scales, **kwargs)
 
 def deepcluster_recipe(
@@ -364,7 +369,13 @@ def deepcluster_recipe(
     n_classes=None, # How many kinds of images are expected; None: a guess from `n_images`
     world_size=1, # Processes that train together
 ): # Keyword arguments, by the function that takes them, with their reasons
-    "Hyper-parameters of DeepCluster-v2 for a data set"
+    """Hyper-parameters of DeepCluster-v2 for a data set
+
+    For example:
+
+        r = deepcluster_recipe(n_images=50_000, bs=256, image_size=224)
+        r['augs'],r.reasons['augs.num_crops']
+    """
     r = common_recipe('deepclusterv2', n_images, bs, image_size, n_classes, world_size)
     swav = swav_recipe(n_images, bs, image_size, n_classes, world_size)
     n = max(2, min(swav['model']['n_protos'], n_images//4))

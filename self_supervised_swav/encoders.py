@@ -121,7 +121,12 @@ def create_timm_encoder(
     small_images:bool=False, # Keep the resolution in the stem, for images under about 64 px
     **kwargs # More arguments of `timm.create_model`
 ) -> nn.Module:
-    "Encoder from the timm model named `arch`"
+    """Encoder from the timm model named `arch`
+
+    For example:
+
+        encoder = create_timm_encoder('convnext_tiny', n_in=3)
+    """
     _check_n_in(n_in)
     if not _is_timm(arch): _unknown(arch, timm.list_models())
     args = dict(in_chans=n_in, num_classes=0, global_pool=_pool_name(pool_type), **kwargs)
@@ -172,7 +177,12 @@ def create_fastai_encoder(
     small_images:bool=False, # Keep the resolution in the stem, for images under about 64 px
     **kwargs # More arguments of `arch`
 ) -> nn.Module:
-    "Encoder from the fastai or torchvision architecture `arch`"
+    """Encoder from the fastai or torchvision architecture `arch`
+
+    For example:
+
+        encoder = create_fastai_encoder(xresnet18, n_in=1)
+    """
     _check_n_in(n_in)
     pool_name = _pool_name(pool_type) or 'avg'
     if isinstance(arch, str): arch = _fastai_archs().get(arch) or _unknown(arch, _fastai_archs())

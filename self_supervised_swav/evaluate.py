@@ -324,7 +324,12 @@ class EncoderWithHead(nn.Module):
 def encoder_head_split(model): return L(model.encoder, model.head).map(params)
 
 class NoValidation(Callback):
-    "Skip the validation after each epoch, where only the end of the training counts"
+    """Skip the validation after each epoch, where only the end of the training counts
+
+    For example:
+
+        learn.fit(10, cbs=[NoValidation()])
+    """
     def before_validate(self): raise CancelValidException
 
 def normalized(

@@ -439,7 +439,13 @@ def learner_function(
     )->Learner:
         return pretrain_learner(dls, arch, method, encoder, model, augs, kwargs.pop(group, None), **kwargs)
     f.__name__ = f.__qualname__ = f'{group}_learner'
-    f.__doc__ = f"A `Learner` that pretrains `arch` on the images of `dls` with {method_named(method).callback.title}"
+    f.__doc__ = f"""A `Learner` that pretrains `arch` on the images of `dls` with {method_named(method).callback.title}
+
+    For example:
+
+        learn = {f.__name__}(dls, 'resnet18')
+        learn.fit_one_cycle(20)
+    """
     f = delegates(pretrain_learner, but=['method','callback'])(f)
     return use_kwargs_dict(keep=True, **dict.fromkeys([group,*names]))(f)
 
@@ -454,6 +460,12 @@ def moco_learner(
     version:int=2, # 1 or 2: of which paper
     **kwargs
 )->Learner:
-    "A `Learner` that pretrains `arch` on the images of `dls` with MoCo"
+    """A `Learner` that pretrains `arch` on the images of `dls` with MoCo
+
+    For example:
+
+        learn = moco_learner(dls, 'resnet18', version=2)
+        learn.fit_one_cycle(20)
+    """
     if version not in _moco_learners: raise ValueError(f"version must be 1 or 2, got {version!r}")
     return _moco_learners[version](dls, arch, **kwargs)

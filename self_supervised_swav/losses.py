@@ -107,7 +107,11 @@ def swapped_loss(
 
     The mean over assigned crops a, other crops v != a and images b of
     `-sum_k codes[a,b,k] * log_softmax(scores[v,b]/temp)[k]`. It is ln K for even predictions. Gradients flow to
-    `scores` alone, in closed form. A `ValueError` names an argument that does not fit."""
+    `scores` alone, in closed form. A `ValueError` names an argument that does not fit.
+
+        codes = sinkhorn(scores[:2].flatten(0, 1)).view(2, 32, -1)  # scores: (8,32,K) of 8 crops of 32 images
+        loss = swapped_loss(scores, codes, assign_ids=[0,1])
+    """
     assign_ids = tuple(assign_ids)
     if scores.ndim!=3 or scores.shape[0]<2:
         raise ValueError(f"scores must have the shape (V,B,K) with at least two crops, got {tuple(scores.shape)}")

@@ -106,7 +106,12 @@ def get_moco_aug_pipelines(
     rotate:bool=False, # Rotate some crops?
     **kwargs # Passed to `get_batch_augs`
 )->list:
-    "Pipelines for MoCo: the augmentations of the official code's version 1 or 2"
+    """Pipelines for MoCo: the augmentations of the official code's version 1 or 2
+
+    For example:
+
+        augs = get_moco_aug_pipelines(224, version=2)
+    """
     _check_version(version)
     own = dict(jitter_s=.5)
     if version==1:  # all four at 0.4; a hue can be turned by half a circle at most, 0.5
@@ -242,7 +247,13 @@ def moco_recipe(
     world_size=1, # Processes that train together
     version=2, # 1 or 2: of which paper
 ): # Keyword arguments, by the function that takes them, with their reasons
-    "Hyper-parameters of MoCo for a data set"
+    """Hyper-parameters of MoCo for a data set
+
+    For example:
+
+        r = moco_recipe(n_images=50_000, bs=256, image_size=224)
+        r['mocov2'],r.reasons['mocov2.K']
+    """
     _check_version(version)
     group = f'mocov{version}'
     r = common_recipe(group, n_images, bs, image_size, n_classes, world_size)

@@ -40,7 +40,12 @@ def _at_least_float32(x): return x.to(torch.promote_types(x.dtype, torch.float32
 
 class Prototypes(nn.Linear):
     """`n_protos` unit vectors; the scores of embeddings (B,`dim`) are their products (B,`n_protos`), in float32
-    (float64 for float64 embeddings)"""
+    (float64 for float64 embeddings)
+
+    For example:
+
+        scores = Prototypes(128, 3000)(embeddings)  # (B,3000)
+    """
     def __init__(self,
         dim:int, # Width of the embeddings
         n_protos:int # Number of prototypes, K in the paper
@@ -103,7 +108,12 @@ class MultiCropModel(nn.Module):
     def forward(self, x): return self.embed(x)
 
 class SwAVModel(MultiCropModel):
-    "Embeddings and prototype scores of crops"
+    """Embeddings and prototype scores of crops
+
+    For example:
+
+        embeddings,scores = SwAVModel(encoder, projector, Prototypes(128, 3000))(crops)
+    """
     def __init__(self,
         encoder:nn.Module, # Images (B,C,H,W) to features (B,n)
         projector:nn.Module, # Features to embeddings (B,d), not yet normalized

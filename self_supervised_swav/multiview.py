@@ -338,7 +338,12 @@ def show(self:MultiView,
 def method_of(
     learn:Learner # A Learner with one method among its callbacks
 )->MultiView:
-    "The method that trains `learn`"
+    """The method that trains `learn`
+
+    For example:
+
+        method_of(learn).show(n=4)  # whatever trains it: SWAV, SimCLR, ...
+    """
     found = [cb for cb in learn.cbs if isinstance(cb, MultiView)]
     if len(found)==1: return found[0]
     names = ', '.join(o.title for o in found)

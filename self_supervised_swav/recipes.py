@@ -156,7 +156,13 @@ def paper_recipe(
 
 # %% ../nbs/04_recipes.ipynb #60202c04
 class Recipe(dict):
-    "Keyword arguments, by the function that takes them; `reasons` says why, under the names 'group.setting'"
+    """Keyword arguments, by the function that takes them; `reasons` says why, under the names 'group.setting'
+
+    For example:
+
+        r = Recipe({'swav': {'eps': .05}}, {'swav.eps': 'as in the paper'})
+        r['swav']['eps'],r.reasons['swav.eps']
+    """
     def __init__(self, groups=(), reasons=()):
         super().__init__({k: dict(v) for k,v in dict(groups).items()})
         self.reasons = dict(reasons)

@@ -67,7 +67,12 @@ def epoch_record(
 
 class EpochHistory(CSVLogger):
     """`CSVLogger` that writes the whole file each epoch: one line per epoch, however often the fit was stopped; beside
-    it the same as JSON, a line for each epoch, with the share of the time that it waited for data"""
+    it the same as JSON, a line for each epoch, with the share of the time that it waited for data
+
+    For example:
+
+        learn.fit(100, cbs=[EpochHistory('history.csv')])
+    """
     def __init__(self, path):
         super().__init__()
         self.to = Path(path)

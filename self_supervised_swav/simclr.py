@@ -171,7 +171,13 @@ def simclr_recipe(
     n_classes=None, # Not used: SimCLR has no prototypes
     world_size=1, # Processes that train together
 ): # Keyword arguments, by the function that takes them, with their reasons
-    "Hyper-parameters of SimCLR for a data set"
+    """Hyper-parameters of SimCLR for a data set
+
+    For example:
+
+        r = simclr_recipe(n_images=50_000, bs=256, image_size=224)
+        r['opt'],r.reasons['opt.wd']
+    """
     r = common_recipe('simclr', n_images, bs, image_size, n_classes, world_size)
     put_two_crops(r)
     r.put('simclr', 'temp', 0.1, 'as in the paper for ImageNet; 0.5 is its choice for CIFAR-10')
