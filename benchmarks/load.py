@@ -144,14 +144,14 @@ def prepared(source, out, size, threads):
     return dict(images=about['images'], secs=time.perf_counter()-start, cpu=sum(os.times()[:4])-cpu,
                 bytes=about['bytes'], before=sum(o.stat().st_size for o in Path(source).rglob('*.jpg')))
 
-def pieces(out, s, todo=True):
-    "Name and result of each piece, in order; those that are not there are done if `todo` says so"
+def pieces(out, s, todo=('',)):
+    "Name and result of each piece, in order; those that are not there are done if a word of `todo` is in their name"
     key = dict(torch=torch.__version__, version=version(epoch, search, embed, prepared,
                                                         _shards.Shards, _prepare.pack_image, _feed.ResumableFeed,
                                                         _images.read_image, nearest_neighbors))
     small,photos = out/'small',out/'photos'
     def run(name, more, f):
-        return name,piece(out, name, key|more, f if todo else None)
+        return name,piece(out, name, key|more, f if any(o in name for o in todo) else None)
     n,m = s['images'],s['photos']
     def pack():
         write_small(small/f'{n}', n)
@@ -220,6 +220,7 @@ def main(argv=None):
     p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
     p.add_argument('--out', type=Path, default=here.parent/'runs'/'load')
     p.add_argument('--quick', action='store_true', help='tiny sizes: does it run?')
+    p.add_argument('--only', nargs='+', default=[''], metavar='WORD', help='only pieces with one of these in their name')
     p.add_argument('--table', action='store_true', help='only print what is done')
     p.add_argument('--write', action='store_true', help='keep the table in benchmarks/README.md')
     args = p.parse_args(argv)
@@ -228,7 +229,7 @@ def main(argv=None):
     out,start,found = args.out/'quick' if args.quick else args.out,time.time(),[]
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for o in pieces(out, s, not args.table):
+    for o in pieces(out, s, [] if args.table else args.only):
         found.append(o)
         if time.time()-start>60*args.minutes: break
     text = report(found)
