@@ -220,7 +220,7 @@ def main(argv=None):
     p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
     p.add_argument('--out', type=Path, default=here.parent/'runs'/'load')
     p.add_argument('--quick', action='store_true', help='tiny sizes: does it run?')
-    p.add_argument('--only', nargs='+', default=[''], metavar='WORD', help='only pieces with one of these in their name')
+    p.add_argument('--only', nargs='+', default=[''], metavar='WORD', help='do pieces whose name has one of these')
     p.add_argument('--table', action='store_true', help='only print what is done')
     p.add_argument('--write', action='store_true', help='keep the table in benchmarks/README.md')
     args = p.parse_args(argv)
