@@ -3,7 +3,7 @@ and its end; nearest neighbors among many features; `swav embed`; photographs of
 the shards that `swav prepare` makes of them; an hour of `swav pretrain`, and four processes of it. Every piece
 that is done stays in `runs/load` and is not done again.
 `--images 20000` for less, `--quick` in a minute, `--write` keeps the table in README.md. The images are synthetic."""
-import argparse, contextlib, io, math, os, re, shutil, subprocess, sys, time, warnings
+import argparse, contextlib, ctypes, io, math, os, re, shutil, subprocess, sys, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -84,6 +84,14 @@ def epoch(source, size, bs, workers):
     return dict(images=n, all=len(dls.train_ds), secs=time.perf_counter()-start, cpu=sum(os.times()[:4])-cpu,
                 opened=opened, memory=memory)
 
+def giving_back(f, *args):
+    """`f(*args)`, where the C library gives blocks of 4 MiB and more back to the system when they are freed
+
+    glibc keeps those of less than 32 MiB, and one as torch wants it, aligned, often does not fit where another of the
+    same size was: freed memory piles up."""
+    with contextlib.suppress(AttributeError, OSError): ctypes.CDLL(None).mallopt(-3, 1<<22)  # -3: M_MMAP_THRESHOLD
+    return f(*args)
+
 def search(n, width, queries):
     "Nearest neighbors of some features among many"
     torch.set_num_threads(1)
@@ -157,9 +165,9 @@ def pieces(out, s, todo=('',)):
         write_small(small/f'{n}', n)
         return apart(prepared, small/f'{n}', out/f'shards-{n}', 64, 1)
     yield run('prepare small', dict(images=n), pack)
-    measured = dict(images=n, workers=1, memory=version(memory_of))
+    measured = dict(images=n, workers=1, memory=version(memory_of, giving_back))
     for kind,source in (('folder',small/f'{n}'), ('shards',out/f'shards-{n}')):
-        yield run(f'epoch {kind}', measured, lambda: apart(epoch, source, 64, 256, 1))
+        yield run(f'epoch {kind}', measured, lambda: apart(giving_back, epoch, source, 64, 256, 1))
     yield run('search', dict(n=s['features'], queries=s['queries']),
               lambda: apart(search, s['features'], 128, s['queries']))
     yield run('embed', dict(images=n, minutes=s['embed_minutes']),
