@@ -106,7 +106,7 @@ def _n_ranks(): return int(os.environ.get('WORLD_SIZE', 1)) if 'RANK' in os.envi
 def _rank(): return int(os.environ['RANK']) if _n_ranks()>1 else 0
 
 def _listed(bad):
-    "Write a list of more files than an error has room for; what the error says of it"
+    "Write the list of all bad files, where the error may have room for some; what the error says of it"
     from self_supervised_swav.data import write_bad_files
     try: write_bad_files(dict(sorted(bad.items())), 'bad_files.txt')
     except OSError: return ''
