@@ -52,8 +52,8 @@ lines = list(dict.fromkeys(l for o in pages for lang, b in re.findall(fenced, o,
 
 @pytest.mark.parametrize('line', lines)
 def test_commands_exist(line, command):
-    "A target of the Makefile, pip, or a command of ours with options that its `--help` knows"
-    name, *args = shlex.split(line, comments=True)
+    "A target of the Makefile, pip, or a command of ours with options that its `--help` knows, after its environment"
+    name, *args = shlex.split(re.sub(r'^[A-Z_]+=\S+ ', '', line), comments=True)
     if name == 'pip': assert args == ['install', '.'] and (root/'pyproject.toml').exists()
     elif name == 'make': assert all(re.search(rf'^{re.escape(o)}:', (root/'Makefile').read_text(), re.M) for o in args)
     else:
