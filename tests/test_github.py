@@ -78,5 +78,9 @@ def test_only_publishing_may_write():
     assert not any('password' in str(s) or 'secrets.' in str(s) for job in jobs.values() for s in job['steps'])
 
 @pytest.mark.parametrize('path', forms, ids=lambda p: p.stem)
-def test_form_asks_for_the_doctor(path):
-    assert any('swav doctor' in b['attributes']['label'] for b in read(path)['body'])
+def test_form(path):
+    "What the schema does not know: each part has an id of its own, and a label; one asks for the doctor"
+    body = read(path)['body']
+    ids = [b['id'] for b in body]
+    assert len(ids)==len(set(ids)) and all(b['attributes']['label'] for b in body)
+    assert any('swav doctor' in b['attributes']['label'] for b in body)
