@@ -1,5 +1,6 @@
 "A small Learner on a part of the digits: every test that needs training starts from it."
 import random, warnings
+from functools import cache
 import numpy as np, pytest, torch
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
@@ -19,11 +20,16 @@ from self_supervised_swav.swav import SWAV
 
 def seed_all(seed=0): random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
 
+@cache
+def _digits():
+    "16 px: read from their file once"
+    x,y = map(torch.tensor, load_digits(return_X_y=True))
+    return (x.float()/16).view(-1,1,8,8).repeat_interleave(2,2).repeat_interleave(2,3),y
+
 def digits(n, labeled=False, bs=16, seed=0, n_in=1, **kwargs):
     "DataLoaders of the first `n` digits, four fifths of them for training"
-    x,y = map(torch.tensor, load_digits(return_X_y=True))
-    x = (x[:n].float()/16).view(-1,1,8,8).repeat_interleave(2,2).repeat_interleave(2,3).repeat(1,n_in,1,1)
-    return tensor_dls(x, y[:n] if labeled else None, bs=bs, seed=seed, device='cpu', **kwargs)
+    x,y = _digits()
+    return tensor_dls(x[:n].repeat(1,n_in,1,1), y[:n].clone() if labeled else None, bs=bs, seed=seed, device='cpu', **kwargs)
 
 def small_augs(num_crops=(2,1), crop_sizes=(16,10), **kwargs):
     "Pipelines for gray 16 px images"

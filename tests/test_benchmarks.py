@@ -81,6 +81,7 @@ def test_parts_of_a_step():
     assert set(times)=={'step',*steps.needed,*steps.extras}
     assert 0<sum(v for k,v in times.items() if k!='step')<times['step']
 
+@pytest.mark.slow
 def test_table_and_readme(tmp_path):
     rows = [*kernels.sinkhorn_rows(((8,30),), 1), *kernels.loss_rows(((3,8,30),), 1),
             *kernels.growth_rows((16,8), 2, 1), *steps.step_rows(1, 1, **tiny),
@@ -234,6 +235,7 @@ def test_load_measures_each_piece_once(tmp_path, monkeypatch):
     assert load.main(again)==text
 
 # --- which images to label ---
+@pytest.mark.slow
 def test_selection_gives_a_row_for_each_size_once(tmp_path, monkeypatch):
     again = ['--quick','--out',str(tmp_path)]
     text = selection.main(again)

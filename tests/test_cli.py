@@ -53,9 +53,9 @@ def test_usage(args, command):
     code,said,err = command(*args)
     assert code==2 and said=='' and err.startswith('usage: swav')
 
-def test_stopped_runs_go_on(tmp_path, command, monkeypatch):
+def test_stopped_runs_go_on(photos, tmp_path, command, monkeypatch):
     "Ctrl-C, then SIGTERM, then to the end: the same bytes as without"
-    args = ['digits','--epochs',3,'--every',7,*tiny]
+    args = [photos,'--epochs',3,'--bs',8,'--every',7,'--num-workers',0,*tiny]
     whole,out = tmp_path/'whole',tmp_path/'cut'
     code,said,_ = command('pretrain', *args, '--out', whole)
     assert code==0 and 'swav.eps' in said and 'Wrote' in said
@@ -67,30 +67,30 @@ def test_stopped_runs_go_on(tmp_path, command, monkeypatch):
         time.sleep(.02)
     p.send_signal(signal.SIGINT)
     _,err = p.communicate(timeout=60)
-    assert p.returncode==130 and f'continue with: swav pretrain digits --out {out} --resume' in err
+    assert p.returncode==130 and f'continue with: swav pretrain {photos} --out {out} --resume' in err
     assert 'Traceback' not in err
     class Terminated(runs.EpochHistory):
         order,name = runs.EpochHistory.order,'epoch_history'
         def before_backward(self):
-            if self.train_iter==50: os.kill(os.getpid(), signal.SIGTERM)
+            if self.train_iter==100: os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as m:
         m.setattr(runs, 'EpochHistory', Terminated)
-        code,_,err = command('pretrain', 'digits', '--out', out, '--resume')
+        code,_,err = command('pretrain', photos, '--out', out, '--resume')
     assert code==143 and 'continue with' in err
     assert load_encoder(out/'encoder.safetensors')(torch.zeros(2,1,16,16)).isfinite().all()
     assert not (out/'report.html').exists()
-    code,said,_ = command('pretrain', 'digits', '--out', out, '--resume')
+    code,said,_ = command('pretrain', photos, '--out', out, '--resume')
     assert code==0 and 'going on at epoch' in said
     assert (out/'encoder.safetensors').read_bytes()==(whole/'encoder.safetensors').read_bytes()
     a,b = ([l.rsplit(',', 1)[0] for l in (o/'history.csv').read_text().splitlines()] for o in (out,whole))
     assert a==b and len(a)==4
     code,_,err = command('pretrain', *args, '--out', out)
     assert code==2 and 'holds a run already' in err
-    code,_,err = command('pretrain', 'digits', '--bs', 32, '--out', out, '--resume')
-    assert code==2 and 'bs is 64' in err
+    code,_,err = command('pretrain', photos, '--bs', 32, '--out', out, '--resume')
+    assert code==2 and 'bs is 8' in err
     before = (out/'last.pth').read_bytes()
     # finished
-    assert command('pretrain', 'digits', '--out', out, '--resume')[0]==0 and (out/'last.pth').read_bytes()==before
+    assert command('pretrain', photos, '--out', out, '--resume')[0]==0 and (out/'last.pth').read_bytes()==before
 
 @pytest.mark.parametrize('method,title', [
     ('simclr','SimCLR'), *(pytest.param(*o, marks=pytest.mark.slow) for o in
@@ -102,14 +102,14 @@ def test_another_method(method, title, tmp_path, command):
     assert code==0 and f'{method}.temp' in said, err
     assert f'{title}: digits' in (tmp_path/'run'/'report.html').read_text()
 
-def test_a_finished_run_is_extended(tmp_path, command, monkeypatch):
+def test_a_finished_run_is_extended(photos, tmp_path, command, monkeypatch):
     "More epochs, also when they are interrupted; a larger --epochs says which option does it"
     out = tmp_path/'run'
-    go = lambda *args: command('pretrain', 'digits', '--out', out, *args)
+    go = lambda *args: command('pretrain', photos, '--out', out, *args)
     lines = lambda: (out/'history.csv').read_text().splitlines()[1:]
     code,_,err = command('pretrain', 'digits', '--extend', 1)
     assert code==2 and '--extend needs --resume' in err
-    assert go('--epochs', 1, *tiny)[0]==0
+    assert go('--epochs', 1, '--num-workers', 0, *tiny)[0]==0
     first = lines()
     code,_,err = go('--resume', '--epochs', 3)
     assert code==2 and '--epochs is 1 in' in err and 'It is finished: --extend 2 adds epochs' in err

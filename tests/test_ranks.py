@@ -129,7 +129,7 @@ def test_pretrain_on_shards(stopped, photos, tmp_path):
 # --- a rank is lost ---------------------------------------------------------------------------------------------------
 short = ['pretrain','digits','--epochs',20,'--every',5,'--no-knn',*tiny]
 
-@pytest.mark.parametrize('which', [0,1])
+@pytest.mark.parametrize('which', [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_is_killed(which, tmp_path):
     "The first one holds the store, so without it the other knows only that"
     ps = Ranks(tmp_path, 2, [*short,'--out',tmp_path/'run'], before=(_signal,which,12,signal.SIGKILL))

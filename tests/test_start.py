@@ -380,9 +380,10 @@ def test_published_encoders_are_compared_as_they_were_trained(published):
     assert 'size' not in create_encoder('resnet18', small_images=True, **tiny).settings
     assert 'stats' not in create_encoder('resnet18', pretrained=False, **tiny).settings
 
-def test_init_of_the_command(tmp_path, command, old):
+def test_init_of_the_command(photos, tmp_path, command, old):
     "From a file to a run: architecture, weights, statistics; stopped and resumed without the file"
-    args = 'digits','--init',old,'--epochs',2,'--every',5,'--device','cpu',*small[:1],*small[2:]
+    args = (photos,'--n-in',1,'--init',old,'--epochs',2,'--bs',16,'--every',5,'--num-workers',0,'--device','cpu',
+            *small[:1],*small[2:])
     assert command('pretrain', *args, '--out', tmp_path/'whole')[0]==0
     saved = json.loads((tmp_path/'whole'/'settings.json').read_text())
     assert saved['args']['arch']=='resnet18' and saved['recipe']['encoder']['channels']==[8,8,16,16]
@@ -391,13 +392,13 @@ def test_init_of_the_command(tmp_path, command, old):
     class Stop(runs.EpochHistory):
         order,name = runs.EpochHistory.order,'epoch_history'
         def before_backward(self):
-            if self.train_iter==30: self.learn.resume_training.stop()
+            if self.train_iter==25: self.learn.resume_training.stop()
     with pytest.MonkeyPatch.context() as m:
         m.setattr(runs, 'EpochHistory', Stop)
         code,said,_ = command('pretrain', *args, '--out', tmp_path/'cut')
     assert code!=0 and 'tensors taken, none missing' in said
     (old/'encoder.safetensors').unlink()
-    code,said,err = command('pretrain', 'digits', '--out', tmp_path/'cut', '--resume')
+    code,said,err = command('pretrain', photos, '--out', tmp_path/'cut', '--resume')
     assert code==0, err
     a,b = (load_encoder(tmp_path/o/'encoder.safetensors').state_dict() for o in ('whole','cut'))
     for k in a: assert torch.equal(a[k], b[k]), k

@@ -164,7 +164,7 @@ def test_a_setting_of_two_functions_means_the_same_in_both():
 # --- ways out, of each method -----------------------------------------------------------------------------------------
 @each_method
 @pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_step','after_batch'])
-@pytest.mark.parametrize('order', [-1,60])
+@pytest.mark.parametrize('order', [-1, pytest.param(60, marks=pytest.mark.slow)])
 def test_own_loss_is_back_on_every_way_out(case, event, order):
     learn,order_ = method_learner(case, n=40),order
     own = learn.loss_func
