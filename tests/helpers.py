@@ -29,7 +29,8 @@ def _digits():
 def digits(n, labeled=False, bs=16, seed=0, n_in=1, **kwargs):
     "DataLoaders of the first `n` digits, four fifths of them for training"
     x,y = _digits()
-    return tensor_dls(x[:n].repeat(1,n_in,1,1), y[:n].clone() if labeled else None, bs=bs, seed=seed, device='cpu', **kwargs)
+    y = y[:n].clone() if labeled else None
+    return tensor_dls(x[:n].repeat(1,n_in,1,1), y, bs=bs, seed=seed, device='cpu', **kwargs)
 
 def small_augs(num_crops=(2,1), crop_sizes=(16,10), **kwargs):
     "Pipelines for gray 16 px images"
