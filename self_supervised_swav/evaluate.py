@@ -375,6 +375,7 @@ def few_label_learner(
         with torch.no_grad(): d = encoder(x[:2].to(device).as_subclass(torch.Tensor)).shape[1]
         custom_head = nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, n_out))
     model = EncoderWithHead(encoder.train().requires_grad_(), custom_head)
+    if x.device.type=='cpu': model.to(memory_format=torch.channels_last)
     learn = Learner(normalized(dls, stats), model, splitter=splitter, metrics=metrics, **kwargs)
     if pretrained: learn.freeze()
     return learn

@@ -399,6 +399,7 @@ def pretrain_learner(
     learn.recipe = recipe
     concerns = method_of(learn).concerns(n_images, bs*n_proc)+_crop_concerns(recipe, min(size), stride)
     for text in concerns: _warn_caller(text)
+    if x.device.type=='cpu': learn.model.to(memory_format=torch.channels_last)
     if is_fast(torch.bfloat16, x.device) if bf16 is None else bf16: learn.to_bf16(force=bool(bf16))
     return learn
 

@@ -31,6 +31,16 @@ class CountSteps(Callback):
 each_method = pytest.mark.parametrize('case', [pytest.param(o, marks=pytest.mark.slow) if o=='mocov1' else o
                                                for o in method_cases])
 
+def with_methods(name, values):
+    """Parameters `name` and `case`: each value with SwAV and its queue, and with one of the other methods in turn. All
+    other pairs are slow: what fastai does in a fit does not know the method"""
+    values,others = list(values),[o for o in method_cases if o not in ('swav-queue','mocov1')]
+    quick = {(v,c) for i,v in enumerate(values) for c in ('swav-queue',others[i%len(others)])}
+    def param(v, c):
+        words = '-'.join(map(str, v if isinstance(v, tuple) else (v,)))
+        return pytest.param(v, c, id=f'{words}-{c}', marks=[] if (v,c) in quick else pytest.mark.slow)
+    return pytest.mark.parametrize(f'{name},case', [param(v, c) for v in values for c in method_cases])
+
 def weights_of(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
 fits = dict(
@@ -38,9 +48,9 @@ fits = dict(
     fit_warmup_cos=lambda l: l.fit_warmup_cos(1), validate=lambda l: l.validate(),
     lr_find=lambda l: l.lr_find(num_it=8, show_plot=False), twice=lambda l: (l.fit(1), l.fit(1)))
 
-@each_method
-@pytest.mark.parametrize('how,labeled', [*((o,False) for o in fits), ('fit',True)])
-def test_fits(case, how, labeled):
+@with_methods('how', [*((o,False) for o in fits), ('fit',True)])
+def test_fits(how, case):
+    how,labeled = how
     learn = method_learner(case, labeled=labeled, cbs=[CountSteps])
     own,before = learn.loss_func,weights_of(learn)
     fits[how](learn)
@@ -59,9 +69,8 @@ cbs = dict(
     bf16=lambda p: [MixedPrecision('bf16')])
 
 @pytest.mark.filterwarnings('ignore')
-@each_method
-@pytest.mark.parametrize('name', cbs)
-def test_with_callbacks(case, name, tmp_path):
+@with_methods('name', cbs)
+def test_with_callbacks(name, case, tmp_path):
     learn = method_learner(case, cbs=[*cbs[name](tmp_path), CountSteps], path=tmp_path)
     own = learn.loss_func
     if name=='graph':
@@ -162,10 +171,10 @@ def test_a_setting_of_two_functions_means_the_same_in_both():
             assert all(recipe[g][shared]==1 for g,names in groups.items() if shared in names), (name,shared)
 
 # --- ways out, of each method -----------------------------------------------------------------------------------------
-@each_method
-@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_step','after_batch'])
-@pytest.mark.parametrize('order', [-1, pytest.param(60, marks=pytest.mark.slow)])
-def test_own_loss_is_back_on_every_way_out(case, event, order):
+@with_methods('moment', [(e,o) for e in ('before_batch','after_pred','after_loss','before_step','after_batch')
+                         for o in (-1,60)])
+def test_own_loss_is_back_on_every_way_out(moment, case):
+    event,order = moment
     learn,order_ = method_learner(case, n=40),order
     own = learn.loss_func
     class Out(Callback):
