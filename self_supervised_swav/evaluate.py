@@ -32,6 +32,7 @@ from .data import labels_of, subset, without_augs
 from .knn import weighted_knn
 from .monitor import EpochColumns
 from .models import in_eval
+from .precision import to_channels_last
 from .randomness import own_randomness
 from .whitening import as_whitening
 
@@ -375,7 +376,7 @@ def few_label_learner(
         with torch.no_grad(): d = encoder(x[:2].to(device).as_subclass(torch.Tensor)).shape[1]
         custom_head = nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, n_out))
     model = EncoderWithHead(encoder.train().requires_grad_(), custom_head)
-    if x.device.type=='cpu': model.to(memory_format=torch.channels_last)
+    if x.device.type=='cpu': to_channels_last(model)
     learn = Learner(normalized(dls, stats), model, splitter=splitter, metrics=metrics, **kwargs)
     if pretrained: learn.freeze()
     return learn

@@ -29,7 +29,7 @@ from .models import in_eval
 from .monitor import CollapseMonitor
 from .multiview import method_named, method_of, methods
 from .optimizer import DecayToStart, FreezeEncoder, encoder_split
-from .precision import is_fast
+from .precision import is_fast, to_channels_last
 from .recipes import Recipe, continued
 
 # %% ../nbs/31_learner.ipynb #3ce1c1be
@@ -399,7 +399,7 @@ def pretrain_learner(
     learn.recipe = recipe
     concerns = method_of(learn).concerns(n_images, bs*n_proc)+_crop_concerns(recipe, min(size), stride)
     for text in concerns: _warn_caller(text)
-    if x.device.type=='cpu': learn.model.to(memory_format=torch.channels_last)
+    if x.device.type=='cpu': to_channels_last(learn.model)
     if is_fast(torch.bfloat16, x.device) if bf16 is None else bf16: learn.to_bf16(force=bool(bf16))
     return learn
 
