@@ -32,6 +32,7 @@ def _fill(n, small=False):
     "A function that holds `n` MB for a moment"
     return lambda: torch.ones((1 if small else n)*2**18).sum()
 
+@pytest.mark.slow
 def test_peak_memory():
     # a measure that counted the inputs, or the libraries, or nothing, would be 80 MB off; the libraries' own buffers
     # are a few

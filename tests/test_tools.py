@@ -110,6 +110,7 @@ def test_notebooks_in_one_process(project, tmp_path):
               f"import runner\nprint([runner.run_notebook(Path(r'{tmp_path}')/o)[0] for o in ('a.ipynb', 'b.ipynb')])")
     assert res.stdout.splitlines()[-1] == '[True, True]', res.stdout+res.stderr
 
+@pytest.mark.slow
 def test_nothing_found(project, tmp_path):
     "No notebook and no test is a failure, not a success"
     empty = tmp_path/'empty'
@@ -117,6 +118,7 @@ def test_nothing_found(project, tmp_path):
     res = run(empty, 'tools/test.py')
     assert res.returncode == 1 and res.stdout.splitlines()[-1] == '1 passed, 5 failed, 0 skipped', res.stdout+res.stderr
 
+@pytest.mark.slow
 def test_machines(project):
     "Each setting reaches the tests; where one fails, it is named, and what the tests said is shown"
     numeric = project/'tests'/'test_mod.py'
