@@ -8,7 +8,7 @@ from helpers import rounding
 
 folder = Path(__file__).parent.parent/'benchmarks'
 sys.path.insert(0, str(folder))
-import collapse, harness, kernels, load, methods, quality, selection, steps
+import clock, collapse, harness, kernels, load, methods, quality, selection, steps
 import run as bench
 
 pytestmark = pytest.mark.usefixtures('threads_back')
@@ -139,6 +139,40 @@ def test_arms_have_the_same_encoder():
                                  encoder=dict(layers=quality.arch['layers'], channels=s['channels']))
     assert str(learn.model.encoder)==str(quality.new_encoder(s, 0))
     assert sum(p.numel() for p in quality.new_encoder(quality.full, 0).parameters())<2e6
+
+# --- accuracy for time ---
+@pytest.mark.slow
+def test_clock_gives_a_row_for_each_arm_once(tmp_path, monkeypatch):
+    again = ['--quick','--seeds','0','--out',str(tmp_path)]
+    text = clock.main(again)
+    rows = [o.split('|')[1].strip() for o in text.splitlines() if o.startswith('|')][2:]
+    assert rows==[*clock.baselines, *(f'{o}, 0.004 x' for o in clock.arms)]
+    for p in tmp_path.glob('quick/*-0.004-0.json'):
+        r = json.loads(p.read_text())
+        assert 0<len(r['points'])<=4 and r['points'][-1]['cpu']<=r['cpu'] and r['epochs']>0
+    monkeypatch.setattr(clock, 'Watch', None)  # nothing can be trained any more
+    assert clock.main(again)==clock.main([*again,'--table'])==text
+
+def test_a_watch_ends_after_its_time_and_keeps_the_best(monkeypatch):
+    "Each look at the clock takes a quarter of a second; the second of four measurements is the best"
+    now,found = iter(range(100)),iter([.5,.8,.6,.7])
+    monkeypatch.setattr(clock, 'time', SimpleNamespace(process_time=lambda: next(now)/4, perf_counter=lambda: 0.))
+    monkeypatch.setattr(clock, 'features', lambda *_: None)
+    monkeypatch.setattr(clock, 'among', lambda _: next(found))
+    encoder = torch.nn.Linear(1, 1)
+    watch = clock.Watch(encoder, None, None, seconds=4)
+    watch.start()
+    for n in range(1, 50):
+        with torch.no_grad(): encoder.weight.fill_(len(watch.points))
+        if watch.step(): break
+    assert [o['among'] for o in watch.points]==[.5,.8,.6,.7]
+    assert [o['cpu'] for o in watch.points]==pytest.approx([1.25,2.25,3.25,4.25])  # one more look each
+    assert watch.best[0]==.8 and watch.best[1]['weight'].item()==1
+
+def test_few_of_classes_that_have_fewer():
+    y = torch.tensor([0]*5+[1]*2+[2]*9)
+    idxs = clock.few_idxs(y, 4, 0)
+    assert y[idxs].bincount().tolist()==[4,2,4] and len(set(idxs.tolist()))==10
 
 def test_version_sees_what_code_does_and_not_what_it_says():
     def f(): return 1

@@ -1,0 +1,323 @@
+"""Accuracy for time: this package beside raw pixels and lightly's SwAV and SimCLR, on Fashion-MNIST, clip art and
+digits, each after as many seconds as four epochs of the first recipe took, and after five times that. Everything is
+chosen on training images; the test images are looked at once, by the encoder that was chosen. Every piece that is done
+stays in `runs/clock` and is not done again. `--quick` in seconds, `--write` keeps the tables in README.md."""
+import argparse, copy, math, statistics, time, warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from fastai.callback import schedule  # noqa: F401  it patches Learner
+from fastai.callback.core import Callback, CancelFitException
+from fastai.data.core import DataLoaders
+from fastai.torch_core import set_seed
+from fastai.vision.core import imagenet_stats
+from lightly.loss import NTXentLoss, SwaVLoss
+from lightly.models.modules import SimCLRProjectionHead
+from lightly.transforms import SimCLRTransform, SwaVTransform
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from harness import line, made_on, write_between
+from quality import Crops, LightlyModel, few_probe, fmt, piece, quiet, tuned, version
+from selection import clipart
+from self_supervised_swav.data import digits_dls, fashion_mnist_dls, subset
+from self_supervised_swav.encoders import create_encoder
+from self_supervised_swav.evaluate import NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe
+from self_supervised_swav.learner import swav_learner
+from self_supervised_swav.recipes import swav_recipe
+from self_supervised_swav.whitening import Whitening
+
+here = Path(__file__).resolve().parent
+
+# --- data -------------------------------------------------------------------------------------------------------------
+class Data(NamedTuple):
+    "Images, the width of the network, and how few labels are tried for how many epochs of fine-tuning"
+    make:object; size:int; n_in:int; channels:tuple=(32,64,128,256); labels:tuple=((10,60),(60,40)); bs:int=64
+
+def fashion(s, seed, n=10_000): return fashion_mnist_dls(n_train=n, bs=s.bs, seed=seed, device='cpu')
+def drawings(s, seed): return clipart(s.size, s.bs)
+def digits(s, seed): return digits_dls(size=s.size, bs=s.bs, valid_pct=.3, seed=seed, device='cpu')
+
+datasets = {'Fashion-MNIST': Data(fashion, 28, 1), 'clip art': Data(drawings, 64, 3), 'digits': Data(digits, 28, 1)}
+quick = {'digits': Data(digits, 16, 1, (4,8,8,16), ((2,4),(1,1)))}
+titles = {'Fashion-MNIST': '10,000 images without labels, 10,000 test images',
+          'clip art': '5,958 drawings of 64 px in 22 folders without labels, 2,034 test images',
+          'digits': '1,258 digits, scaled from 8 to 28 px, without labels, 539 test images'}
+
+class Normalized(nn.Module):
+    "An encoder of images in [0,1]"
+    def __init__(self, encoder, n_in):
+        super().__init__()
+        self.encoder = encoder
+        mean,std = imagenet_stats if n_in==3 else ([0.],[1.])  # as the recipe has it
+        for k,v in (('mean',mean), ('std',std)): self.register_buffer(k, torch.tensor(v).view(-1,1,1), persistent=False)
+    def forward(self, x): return self.encoder((x-self.mean)/self.std)
+
+def new_encoder(s, seed):
+    "The network that `swav_learner` makes of these widths"
+    set_seed(seed)
+    own = swav_recipe(n_images=2, bs=2, image_size=s.size)['encoder']
+    return create_encoder('resnet18', n_in=s.n_in, layers=(1,1,1,1), channels=s.channels, **own)
+
+def features(encoder, dl, s): return extract_features(Normalized(encoder, s.n_in), dl, progress=False)
+def pixels(dl): return extract_features(nn.Flatten(), dl, progress=False)
+
+def among(fs):
+    "20-NN of the second half of the training images among the first: what everything is chosen by"
+    x,y = fs
+    n = len(y)//2
+    return knn_accuracy((x[:n],y[:n]), (x[n:],y[n:]))
+
+# --- time -------------------------------------------------------------------------------------------------------------
+class Watch:
+    "Training time of one thread, loading included and measuring not; the accuracy at each quarter, the best encoder"
+    def __init__(self, encoder, dl, s, seconds, quarters=4):
+        self.encoder,self.dl,self.s,self.seconds,self.marks = encoder,dl,s,seconds,quarters
+        self.cpu,self.wall,self.points,self.best = 0.,0.,[],None
+    def start(self): self.c,self.w = time.process_time(),time.perf_counter()
+    def stop(self):
+        self.cpu += time.process_time()-self.c
+        self.wall += time.perf_counter()-self.w
+    def step(self):
+        "Call it after each step; says whether the time is over"
+        if self.cpu+time.process_time()-self.c<self.seconds*(len(self.points)+1)/self.marks: return False
+        self.stop()
+        self.measure()
+        self.start()
+        return len(self.points)>=self.marks
+    def measure(self):
+        knn = among(features(self.encoder, self.dl, self.s))
+        if self.best is None or knn>=self.best[0]: self.best = knn,copy.deepcopy(self.encoder.state_dict())
+        self.points.append(dict(cpu=self.cpu, wall=self.wall, among=knn))
+
+class FitWatch(Callback):
+    "The watch of a fit, which ends by its schedule"
+    order,run_valid = 95,False
+    def __init__(self, watch): self.watch = watch
+    def after_batch(self):
+        if len(self.watch.points)<self.watch.marks-1: self.watch.step()
+
+class Few(Callback):
+    "Ends a fit after `n` steps beyond five, and notes their time"
+    order,run_valid = 95,False
+    def __init__(self, n): self.n = n
+    def after_batch(self):
+        if self.train_iter==5: self.start = time.process_time()
+        if self.train_iter==5+self.n:
+            self.secs = (time.process_time()-self.start)/self.n
+            raise CancelFitException
+
+def secs_per_step(learn, n=20):
+    few = Few(n)
+    learn.fit(math.ceil((n+6)/len(learn.dls.train)), cbs=few)
+    return few.secs
+
+first_recipe = dict(jitter_s=.5, num_crops=(2,4), crop_sizes=(28,18))  # of 28 px, in batches of 128
+
+def budget(out, todo=True):
+    "Seconds of four epochs of the first recipe on 10,000 images of Fashion-MNIST, on this machine by one thread"
+    if out.name=='quick': return dict(seconds=250.)
+    s = datasets['Fashion-MNIST']._replace(bs=128)
+    def f():
+        set_seed(0)
+        dls = fashion(s, 0)
+        secs = statistics.median(secs_per_step(our_learner(dls, s, **first_recipe)) for _ in range(3))
+        return dict(seconds=4*len(dls.train)*secs)
+    return piece(out, 'budget', dict(first=first_recipe, version=version(our_learner, *ours)), f if todo else None)
+
+# --- the arms: functions that train for a time ------------------------------------------------------------------------
+ours = 'augment encoders learner losses models multiview optimizer precision queue recipes sinkhorn swav'.split()
+
+def our_learner(dls, s, **settings):
+    return quiet(swav_learner(dls, 'resnet18', encoder=dict(layers=(1,1,1,1), channels=s.channels),
+                              cbs=NoValidation(), **settings))
+
+def this_package(s, seed, seconds, **settings):
+    "`swav_learner` and fastai's usual schedule; as many whole epochs as the time has"
+    dls = s.make(s, seed)
+    set_seed(seed)
+    secs = secs_per_step(our_learner(dls, s, **settings))
+    n_epoch = max(1, int(seconds/secs/len(dls.train)))
+    set_seed(seed)
+    learn = our_learner(dls, s, **settings)
+    watch = Watch(learn.model.encoder, dls.train, s, seconds)
+    learn.add_cb(FitWatch(watch))
+    watch.start()
+    learn.fit_one_cycle(n_epoch, learn.lr)
+    watch.stop()
+    watch.measure()
+    return watch,dict(epochs=n_epoch, loss=learn.collapse_monitor.history['loss/lnK'][-1],
+                      alarms=len(learn.collapse_monitor.alarms))
+
+def loader(dls, tfm, bs):
+    "Crops of PIL images, as lightly makes them"
+    x = dls.train.dataset.x
+    x = (x if x.dtype==torch.uint8 else (x*255).round().byte()).permute(0,2,3,1).squeeze(-1).numpy()
+    return DataLoader(Crops(x, tfm), batch_size=min(bs, len(x)), shuffle=True, drop_last=True)
+
+def lightly(s, seed, seconds, crops, bs, model, opt, loss_of, before=lambda model: None):
+    "A loop as in lightly's examples, until the time is over"
+    dls = s.make(s, seed)
+    model = model(new_encoder(s, seed)).train()
+    opt,batches,n = opt(model.parameters()),loader(dls, crops, bs),0
+    watch = Watch(model.backbone, dls.train, s, seconds)
+    watch.start()
+    while True:
+        for views in batches:
+            before(model)
+            loss = loss_of(model, views)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            n += 1
+            if watch.step(): return watch,dict(epochs=n/len(batches), loss=loss.item())
+
+def normalize(s):
+    return dict(zip(('mean','std'), imagenet_stats)) if s.n_in==3 else None
+
+def lightly_swav(s, seed, seconds):
+    "lightly's example: 512 prototypes, Adam at 0.001, batches of 128; its crops of 224 and 96 px to scale"
+    criterion = SwaVLoss()
+    def loss_of(model, views):
+        scores = [model(o) for o in views]
+        return criterion(scores[:2], scores[2:])
+    return lightly(s, seed, seconds, SwaVTransform(crop_sizes=(s.size,round(s.size*96/224)), normalize=normalize(s)),
+                   128, lambda e: LightlyModel(e, s.channels[-1]), lambda p: torch.optim.Adam(p, lr=1e-3), loss_of,
+                   lambda model: model.prototypes.normalize())
+
+class SimCLR(nn.Module):
+    "Encoder and head, put together as in lightly's example"
+    def __init__(self, backbone, width):
+        super().__init__()
+        self.backbone,self.projection_head = backbone,SimCLRProjectionHead(width, 512, 128)
+    def forward(self, x): return self.projection_head(self.backbone(x).flatten(start_dim=1))
+
+def lightly_simclr(s, seed, seconds):
+    "lightly's example: SGD at 0.06, batches of 256, temperature 0.5"
+    criterion = NTXentLoss()
+    return lightly(s, seed, seconds, SimCLRTransform(input_size=s.size, normalize=normalize(s)), 256,
+                   lambda e: SimCLR(e, s.channels[-1]), lambda p: torch.optim.SGD(p, lr=.06),
+                   lambda model,views: criterion(model(views[0]), model(views[1])))
+
+arms = {'this package': this_package, 'lightly SwAV': lightly_swav, 'lightly SimCLR': lightly_simclr}
+baselines = 'raw pixels','untrained encoder'
+
+# --- pieces that are done once ----------------------------------------------------------------------------------------
+def file_name(data, arm, seed, length): return f'{data}-{arm}-{length:g}-{seed}'.replace(' ', '-').lower()
+
+def pretrained(out, data, s, arm, seed, length, todo=True):
+    "The curve of a training of `length` budgets; the encoder that is best among the training images is kept"
+    path = out/(file_name(data, arm, seed, length)+'.safetensors')
+    seconds = (budget(out, todo) or {}).get('seconds')
+    if seconds is None: return None
+    def f():
+        watch,r = arms[arm](s, seed, length*seconds)
+        save_file({k: v.contiguous() for k,v in watch.best[1].items()}, path)
+        return r|dict(points=watch.points, cpu=watch.cpu, wall=watch.wall)
+    own = [LightlyModel,Crops,SimCLR,lightly,loader] if arm.startswith('lightly') else ours
+    key = dict(data=data, s=list(s[1:]), seed=seed, seconds=length*seconds,
+               version=version(arms[arm], s.make, new_encoder, *own, 'data'))
+    return piece(out, path.stem, key, f if todo else None)
+
+def measured(out, data, s, arm, seed, length, todo=True):
+    "What the test images say: 20-NN, plain and whitened, a probe on all labels, and few labels"
+    base = pretrained(out, data, s, arm, seed, length, todo=False) if arm in arms else dict(key=[seed, list(s[1:])])
+    if base is None: return None
+    def f():
+        dls,encoder = s.make(s, seed),None
+        if arm!='raw pixels': encoder = new_encoder(s, seed)
+        if arm in arms: encoder.load_state_dict(load_file(out/(file_name(data, arm, seed, length)+'.safetensors')))
+        def fs(dl): return pixels(dl) if encoder is None else features(encoder, dl, s)
+        train,valid = map(fs, dls)
+        r = dict(knn=knn_accuracy(train, valid), white=knn_accuracy(train, valid, whiten=True),
+                 wholly=knn_accuracy(train, valid, whiten=Whitening.fit(train[0], shrink=0.)),
+                 probe=linear_probe(train, valid).top1)
+        for n,epochs in zip(*s.labels):
+            idxs = few_idxs(train[1], n, seed)
+            r[f'probe {n}'] = few_probe((train[0][idxs],train[1][idxs]), valid, seed)
+            if encoder is None: continue
+            set_seed(seed)
+            r[f'tuned {n}'] = tuned(Normalized(encoder, s.n_in), with_labels(dls, idxs), epochs, arm in arms)
+        return r
+    key = dict(base=base['key'], arm=arm, version=version(measured, few_probe, tuned, 'evaluate', 'whitening'))
+    return piece(out, file_name(data, arm, seed, length)+'-test', key, f if todo else None)
+
+def few_idxs(y, n, seed):
+    "`n` images of each class, or all where there are fewer"
+    rows = [(y==c).nonzero()[:,0] for c in y.unique()]
+    small = torch.cat([o for o in rows if len(o)<n] or [y.new_empty(0)])
+    large = torch.cat([o for o in rows if len(o)>=n])
+    return torch.cat([small, large[few_label_idxs(y[large], n, seed=seed)]]).sort().values
+
+def with_labels(dls, idxs):
+    "The few for training, in whole batches"
+    n = len(idxs)
+    bs = n//math.ceil(n/dls.train.bs)
+    train = dls.train.new(dataset=subset(dls.train.dataset, idxs.tolist()), n=n, bs=bs, shuffle=True, drop_last=True)
+    return DataLoaders(train, *dls.loaders[1:], device=dls.device)
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+def columns(s):
+    few = {f'{k} {n}': f"{n} labels a class: {dict(probe='probe', tuned='trained')[k]}" for n in s.labels[0]
+           for k in ('probe','tuned')}
+    return dict(knn='20-NN', white='20-NN, whitened', probe='linear probe', **few)
+
+def rows(out, data, s, seeds, lengths):
+    "(name, length, results of the seeds) of what there is"
+    for arm,length in [(a,0) for a in baselines]+[(a,n) for n in lengths for a in arms]:
+        rs = [(pretrained(out, data, s, arm, i, length, todo=False) if arm in arms else {},t) for i in range(seeds)
+              if (t := measured(out, data, s, arm, i, length, todo=False))]
+        if rs: yield arm,length,rs
+
+def table(out, data, s, seeds, lengths):
+    "In Markdown, from the pieces that there are"
+    cols = columns(s)
+    lines = [['features',*cols.values(),'epochs','CPU','wall','seeds']]
+    for arm,length,rs in rows(out, data, s, seeds, lengths):
+        cells = [fmt([t[k] for _,t in rs]) if k in rs[0][1] else '' for k in cols]
+        times = [f'{statistics.mean(b[k] for b,_ in rs):.0f}' if length else '' for k in ('epochs','cpu','wall')]
+        lines.append([f'{arm}, {length:g} x' if length else arm, *cells, times[0],
+                      *(f'{o} s' if o else '' for o in times[1:]), str(len(rs))])
+    return '\n'.join([line(lines[0]), line(['---']*len(lines[0])), *map(line, lines[1:])])
+
+def report(out, sets, seeds, lengths):
+    b = budget(out, todo=False)
+    texts = [f"1 x is {b['seconds']:.0f} s of one thread." if b else '']
+    for data,s in sets.items():
+        texts += [f'{data}: {titles[data]}', table(out, data, s, seeds, lengths)]
+    return '\n\n'.join(texts)
+
+begin,end = '<!-- clock: written by `python benchmarks/clock.py --write` -->','<!-- clock: end -->'
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
+    p.add_argument('--data', nargs='+', choices=list(datasets), default=list(datasets))
+    p.add_argument('--only', nargs='+', choices=[*baselines,*arms], default=[*baselines,*arms])
+    p.add_argument('--lengths', type=float, nargs='+', default=[1.,5.], help='of a training, in budgets')
+    p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
+    p.add_argument('--out', type=Path, default=here.parent/'runs'/'clock')
+    p.add_argument('--quick', action='store_true', help='digits, a tiny network and a second: does it run?')
+    p.add_argument('--table', action='store_true', help='only print what is done')
+    p.add_argument('--write', action='store_true', help='keep the tables in benchmarks/README.md')
+    args = p.parse_args(argv)
+    if args.write and args.quick: p.error('--write keeps full runs alone')
+    sets = quick if args.quick else {k: datasets[k] for k in args.data}
+    out,lengths,start = args.out/('quick' if args.quick else ''),[.004] if args.quick else args.lengths,time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    todo = [] if args.table else [(data,s,arm,seed,length) for seed in args.seeds for data,s in sets.items()
+                                  for arm in args.only for length in ([0] if arm in baselines else lengths)]
+    for data,s,arm,seed,length in todo:
+        if time.time()-start>60*args.minutes: break
+        if arm in arms: pretrained(out, data, s, arm, seed, length)
+        measured(out, data, s, arm, seed, length)
+    text = report(out, sets, max(args.seeds)+1, lengths)
+    print(text)
+    if args.write: write_between(here/'README.md', begin, end, f'{made_on()}\n\n{text}')
+    return text
+
+if __name__=='__main__': main()
