@@ -199,6 +199,7 @@ def test_collapse_tells_runs_that_learn_from_those_that_do_not():
     assert not collapse.collapsed(r) and not collapse.collapsed(r|dict(untrained=float('nan'), trained=float('nan')))
     for bad in (dict(alarms=1), dict(last=.96), dict(trained=.65)): assert collapse.collapsed(r|bad)
 
+@pytest.mark.slow
 def test_collapse_runs_a_data_set():
     r, = collapse.main(['--seeds','1','--only','digits','--epochs','1'])
     # an epoch from random weights: the loss is still near ln K, and the accuracy of 10 classes is anything but 0 or 1

@@ -126,7 +126,7 @@ def _part(rank, size, told):
     (loss*(n[rank]*size/sum(n))).backward()  # the weight that `MultiView` gives to uneven batches
     return loss.detach(), z.grad/size        # DistributedDataParallel takes the mean over ranks
 
-@pytest.mark.parametrize('size,told', [(2,True),(3,False)])
+@pytest.mark.parametrize('size,told', [pytest.param(2, True, marks=pytest.mark.slow), (3,False)])
 def test_processes_equal_one(size, told, tmp_path):
     got,n = run_ranks(_part, size, tmp_path, told),_uneven(size)
     loss,(grad,) = value_and_grads(lambda z: nt_xent(z, .2), _embeddings(sum(n)))

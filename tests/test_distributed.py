@@ -225,7 +225,7 @@ def _die(rank, size, how):
     learn.add_cb(Die())
     with learn.distrib_ctx(sync_bn=False): learn.fit(100)
 
-@pytest.mark.parametrize('how', ['killed','raises'])
+@pytest.mark.parametrize('how', ['killed', pytest.param('raises', marks=pytest.mark.slow)])
 def test_rank_that_dies_ends_the_others(how, tmp_path):
     "No launcher watches here: the others notice by themselves"
     ps = start(_die, 3, tmp_path, how)

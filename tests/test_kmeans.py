@@ -81,7 +81,8 @@ def _part(rank, size, k, n_empty):
     part = x[sum(n[:rank]):sum(n[:rank+1])]
     return spherical_kmeans(part, k, init=_start(k, n_empty, sum(n)//5), seed=1, group=world())
 
-@pytest.mark.parametrize('size,k,n_empty', [(2,5,0),(3,12,0),(2,6,1),(3,7,2)])
+@pytest.mark.parametrize('size,k,n_empty', [
+    (2,5,0), (3,7,2), *(pytest.param(*o, marks=pytest.mark.slow) for o in ((3,12,0), (2,6,1)))])
 def test_processes_equal_one(size, k, n_empty, tmp_path):
     "Uneven parts, with and without empty clusters, which begin anew at the same vectors on every rank"
     got,n = run_ranks(_part, size, tmp_path, k, n_empty),_uneven(size)

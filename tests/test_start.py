@@ -403,6 +403,7 @@ def test_init_of_the_command(photos, tmp_path, command, old):
     a,b = (load_encoder(tmp_path/o/'encoder.safetensors').state_dict() for o in ('whole','cut'))
     for k in a: assert torch.equal(a[k], b[k]), k
 
+@pytest.mark.slow
 def test_timm_of_the_command(tmp_path, command, published):
     "No preset of a small network, the weights' size in the file, and no download when resumed"
     args = 'digits','--init','timm','--arch','test_resnet','--epochs',1,'--size',16,'--bs',256,'--device','cpu'
