@@ -2,7 +2,8 @@
 digits, each after as many seconds as four epochs of the first recipe took, and after five times that. Everything is
 chosen on training images; the test images are looked at once, by the encoder that was chosen. Every piece that is done
 stays in `runs/clock` and is not done again. `--quick` in seconds, `--write` keeps the tables in README.md."""
-import argparse, copy, math, statistics, time, warnings
+import copy, math, statistics, time, warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from harness import line, made_on, write_between
-from quality import Crops, LightlyModel, few_probe, fmt, piece, quiet, tuned, version
+from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, write_between
+from quality import Watch as Stopwatch, Crops, LightlyModel, few_probe, fmt, piece, quiet, tuned, version
 from selection import clipart
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, subset
 from self_supervised_swav.encoders import create_encoder
@@ -71,24 +72,20 @@ def among(fs):
     return knn_accuracy((x[:n],y[:n]), (x[n:],y[n:]))
 
 # --- time -------------------------------------------------------------------------------------------------------------
-class Watch:
+class Watch(Stopwatch):
     "Training time of one thread, loading included and measuring not; the accuracy at each quarter, the best encoder"
     def __init__(self, encoder, dl, s, seconds, quarters=4):
-        self.encoder,self.dl,self.s,self.seconds,self.marks = encoder,dl,s,seconds,quarters
-        self.cpu,self.wall,self.points,self.best = 0.,0.,[],None
-    def start(self): self.c,self.w = time.process_time(),time.perf_counter()
-    def stop(self):
-        self.cpu += time.process_time()-self.c
-        self.wall += time.perf_counter()-self.w
+        super().__init__(encoder, dl)
+        self.s,self.seconds,self.marks,self.points,self.best = s,seconds,quarters,[],None
     def step(self):
         "Call it after each step; says whether the time is over"
-        if self.cpu+time.process_time()-self.c<self.seconds*(len(self.points)+1)/self.marks: return False
+        if self.cpu+self.cpu_now()-self.c<self.seconds*(len(self.points)+1)/self.marks: return False
         self.stop()
         self.measure()
         self.start()
         return len(self.points)>=self.marks
     def measure(self):
-        knn = among(features(self.encoder, self.dl, self.s))
+        knn = among(features(self.encoder, self.dls, self.s))
         if self.best is None or knn>=self.best[0]: self.best = knn,copy.deepcopy(self.encoder.state_dict())
         self.points.append(dict(cpu=self.cpu, wall=self.wall, among=knn))
 
@@ -154,7 +151,6 @@ def this_package(s, seed, seconds, **settings):
 def loader(dls, tfm, bs):
     "Crops of PIL images, as lightly makes them"
     x = dls.train.dataset.x
-    x = (x if x.dtype==torch.uint8 else (x*255).round().byte()).permute(0,2,3,1).squeeze(-1).numpy()
     return DataLoader(Crops(x, tfm), batch_size=min(bs, len(x)), shuffle=True, drop_last=True)
 
 def lightly(s, seed, seconds, crops, bs, model, opt, loss_of, before=lambda model: None):
@@ -207,9 +203,11 @@ baselines = 'raw pixels','untrained encoder'
 # --- pieces that are done once ----------------------------------------------------------------------------------------
 def file_name(data, arm, seed, length): return f'{data}-{arm}-{length:g}-{seed}'.replace(' ', '-').lower()
 
+def weights_file(out, *of): return out/(file_name(*of)+'.safetensors')
+
 def pretrained(out, data, s, arm, seed, length, todo=True):
     "The curve of a training of `length` budgets; the encoder that is best among the training images is kept"
-    path = out/(file_name(data, arm, seed, length)+'.safetensors')
+    path = weights_file(out, data, arm, seed, length)
     seconds = (budget(out, todo) or {}).get('seconds')
     if seconds is None: return None
     def f():
@@ -228,7 +226,7 @@ def measured(out, data, s, arm, seed, length, todo=True):
     def f():
         dls,encoder = s.make(s, seed),None
         if arm!='raw pixels': encoder = new_encoder(s, seed)
-        if arm in arms: encoder.load_state_dict(load_file(out/(file_name(data, arm, seed, length)+'.safetensors')))
+        if arm in arms: encoder.load_state_dict(load_file(weights_file(out, data, arm, seed, length)))
         def fs(dl): return pixels(dl) if encoder is None else features(encoder, dl, s)
         train,valid = map(fs, dls)
         r = dict(knn=knn_accuracy(train, valid), white=knn_accuracy(train, valid, whiten=True),
@@ -292,29 +290,22 @@ def report(out, sets, seeds, lengths):
 begin,end = '<!-- clock: written by `python benchmarks/clock.py --write` -->','<!-- clock: end -->'
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__)
+    p = parser_of_pieces(__doc__, 'clock')
     p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     p.add_argument('--data', nargs='+', choices=list(datasets), default=list(datasets))
     p.add_argument('--only', nargs='+', choices=[*baselines,*arms], default=[*baselines,*arms])
     p.add_argument('--lengths', type=float, nargs='+', default=[1.,5.], help='of a training, in budgets')
-    p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
-    p.add_argument('--out', type=Path, default=here.parent/'runs'/'clock')
-    p.add_argument('--quick', action='store_true', help='digits, a tiny network and a second: does it run?')
-    p.add_argument('--table', action='store_true', help='only print what is done')
-    p.add_argument('--write', action='store_true', help='keep the tables in benchmarks/README.md')
-    args = p.parse_args(argv)
-    if args.write and args.quick: p.error('--write keeps full runs alone')
+    args = parse_pieces(p, argv)
     sets = quick if args.quick else {k: datasets[k] for k in args.data}
-    out,lengths,start = args.out/('quick' if args.quick else ''),[.004] if args.quick else args.lengths,time.time()
+    out,lengths = args.out/('quick' if args.quick else ''),[.004] if args.quick else args.lengths
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    warnings.simplefilter('ignore')
     todo = [] if args.table else [(data,s,arm,seed,length) for seed in args.seeds for data,s in sets.items()
                                   for arm in args.only for length in ([0] if arm in baselines else lengths)]
-    for data,s,arm,seed,length in todo:
-        if time.time()-start>60*args.minutes: break
-        if arm in arms: pretrained(out, data, s, arm, seed, length)
-        measured(out, data, s, arm, seed, length)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        do_pieces([partial(f, out, *o) for o in todo for f in (pretrained,measured) if f is measured or o[2] in arms],
+                  args.minutes)
     text = report(out, sets, max(args.seeds)+1, lengths)
     print(text)
     if args.write: write_between(here/'README.md', begin, end, f'{made_on()}\n\n{text}')

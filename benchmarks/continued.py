@@ -3,14 +3,14 @@ pretrained on clip art, continued on photographs of things; beside a start from 
 which cost the same. Three splits, one thread.
 Every piece that is done stays in `runs/continued` and is not done again: stop it when you like, and start it again.
 `--quick` in seconds, `--write` keeps the table in README.md."""
-import argparse, contextlib, io, math, statistics, time, warnings
+import contextlib, io, statistics, time, warnings
 from functools import cache, partial
 from pathlib import Path
 
 import torch
 from fastai.torch_core import set_seed
 
-from harness import line, made_on, write_between
+from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, write_between
 from quality import few_probe, features, fmt, piece, quiet, version
 from selection import clipart, on_white
 from self_supervised_swav.checkpoints import load_encoder, save_encoder
@@ -152,17 +152,11 @@ def report(out, s, seeds):
 begin,end = '<!-- continued: written by `python benchmarks/continued.py --write` -->','<!-- continued: end -->'
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__)
+    p = parser_of_pieces(__doc__, 'continued')
     p.add_argument('--data', nargs='+', choices=list(full), default=list(full))
     p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
-    p.add_argument('--out', type=Path, default=here.parent/'runs'/'continued')
-    p.add_argument('--quick', action='store_true', help='a tiny network: does it run?')
-    p.add_argument('--table', action='store_true', help='only print what is done')
-    p.add_argument('--write', action='store_true', help='keep the table in benchmarks/README.md')
-    args = p.parse_args(argv)
-    if args.write and args.quick: p.error('--write keeps full runs alone')
-    settings,start = quick if args.quick else {k: full[k] for k in args.data},time.time()
+    args = parse_pieces(p, argv)
+    settings,end = quick if args.quick else {k: full[k] for k in args.data},time.time()+60*args.minutes
     torch.set_num_threads(1)  # CPU times of one thread compare on a machine that does other things
     texts = []
     for name,s in settings.items():
@@ -171,9 +165,7 @@ def main(argv=None):
         todo = [partial(f, out, s, i) for i in range(args.seeds) for f in (untrained,source,as_it_is)]
         todo += [partial(target, out, arm, epochs, s, i) for i in range(args.seeds) for epochs in s['epochs']
                  for arm in arms]
-        for f in [] if args.table else todo:
-            if time.time()-start>60*args.minutes: break
-            f()
+        do_pieces([] if args.table else todo, (end-time.time())/60)
         texts.append(f"{s['source']} → {name}\n\n{report(out, s, args.seeds)}")
     text = '\n\n'.join(texts)
     print(text)

@@ -1,5 +1,5 @@
 "What every benchmark needs: alternating runs, medians, peak memory, a table, and the machine's name for it"
-import math, multiprocessing, re, statistics, time
+import argparse, math, multiprocessing, re, statistics, time
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -97,6 +97,29 @@ def peak_memory(
         f()
         return torch.cuda.max_memory_allocated()-before
     return apart(_measure_peak, make, args)
+
+# --- pieces that are done once ----------------------------------------------------------------------------------------
+def parser_of_pieces(doc, name):
+    "The arguments of a benchmark whose pieces are kept in `runs/name`: it can be stopped and goes on where it was"
+    p = argparse.ArgumentParser(description=doc)
+    p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
+    p.add_argument('--out', type=Path, default=Path(__file__).resolve().parent.parent/'runs'/name)
+    p.add_argument('--quick', action='store_true', help='little data and a tiny network: does it run?')
+    p.add_argument('--table', action='store_true', help='only print what is done')
+    p.add_argument('--write', action='store_true', help='keep what is printed in benchmarks/README.md')
+    return p
+
+def parse_pieces(p, argv):
+    args = p.parse_args(argv)
+    if args.write and args.quick: p.error('--write keeps full runs alone')
+    return args
+
+def do_pieces(todo, minutes):
+    "Call the functions `todo`; start none after so many minutes"
+    end = time.time()+60*minutes
+    for f in todo:
+        if time.time()>end: break
+        f()
 
 # --- the table --------------------------------------------------------------------------------------------------------
 def machine(device):

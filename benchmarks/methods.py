@@ -1,7 +1,7 @@
 """The methods beside each other: the same encoder, images, epochs and optimizer, three seeds, batches of 32 and of 256.
 Every piece that is done stays in `runs/methods` and is not done again: stop it when you like, and start it again.
 `--quick` in seconds, `--write` keeps the table in README.md."""
-import argparse, copy, math, statistics, time, warnings
+import copy, statistics, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +13,11 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules import MoCoProjectionHead, SimCLRProjectionHead
 from lightly.models.utils import update_momentum
 from lightly.transforms import MoCoV2Transform, SimCLRTransform
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from harness import line, made_on, peak_memory, write_between
-from quality import few_probe, features, fmt, piece, quiet, version
+from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, peak_memory, write_between
+from quality import Crops, few_probe, features, fmt, piece, quiet, version
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.deepcluster import DeepClusterV2
 from self_supervised_swav.encoders import create_encoder
@@ -89,12 +88,6 @@ def train_ours(arm, s, bs, seed, n_steps=None):
     return partial(learn.fit_one_cycle, s['epochs']),encoder
 
 # --- lightly ----------------------------------------------------------------------------------------------------------
-class Crops(Dataset):
-    "lightly's crops of one image per item"
-    def __init__(self, x, tfm): self.images,self.tfm = [Image.fromarray(o) for o in x],tfm
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i): return self.tfm(self.images[i])
-
 class LightlySimCLR(nn.Module):
     "Encoder, head and loss, put together as in lightly's example"
     def __init__(self, encoder, width, r):
@@ -120,8 +113,7 @@ class LightlyMoCo(nn.Module):
 def train_lightly(arm, s, bs, seed, n_steps=None):
     "lightly's modules, with the crops, the learning rate and the schedule of this package's recipe"
     dls,encoder = get_dls(s, bs, seed),new_encoder(s, seed)
-    x = dls.train.dataset.x[:,0]
-    x = (x if x.dtype==torch.uint8 else (x*255).round().byte()).numpy()
+    x = dls.train.dataset.x
     method = arms[arm][0]
     r = own_recipe(method, s, bs, len(x))
     tfm,model = dict(simclr=(SimCLRTransform,LightlySimCLR), mocov2=(MoCoV2Transform,LightlyMoCo))[method]
@@ -253,19 +245,13 @@ def write(path, text):
     write_between(path, begin, end, text)
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__)
+    p = parser_of_pieces(__doc__, 'methods')
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--only', nargs='+', choices=list(arms), default=list(arms))
     p.add_argument('--data', choices=['digits','fashion-mnist'], default='digits')
     p.add_argument('--epochs', type=int, help=f"(default: {full['epochs']}; fashion-mnist: {fashion['epochs']})")
-    p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
-    p.add_argument('--out', type=Path, default=here.parent/'runs'/'methods')
-    p.add_argument('--quick', action='store_true', help='a tiny network: does it run?')
-    p.add_argument('--table', action='store_true', help='only print what is done')
-    p.add_argument('--write', action='store_true', help='keep the tables in benchmarks/README.md')
-    args = p.parse_args(argv)
-    if args.write and args.quick: p.error('--write keeps full runs alone')
-    s,start = dict(quick if args.quick else full if args.data=='digits' else fashion),time.time()
+    args = parse_pieces(p, argv)
+    s = dict(quick if args.quick else full if args.data=='digits' else fashion)
     if args.epochs: s['epochs'] = args.epochs
     out = args.out/('quick' if args.quick else s['data'])
     out.mkdir(parents=True, exist_ok=True)
@@ -274,9 +260,7 @@ def main(argv=None):
     cases = [(arm,s,bs) for arm in args.only for bs in s['batches']]
     todo += [partial(pretrained, out, *o, i) for i in range(args.seeds) for o in cases]
     if not args.quick: todo += [partial(memory, out, *o) for o in cases]
-    for f in [] if args.table else todo:
-        if time.time()-start>60*args.minutes: break
-        f()
+    do_pieces([] if args.table else todo, args.minutes)
     text = report(out, s, args.seeds)
     print(text)
     if args.write: write(here/'README.md', made_on(more=f", {s['epochs']} epochs") + f'\n\n{text}')

@@ -1,8 +1,9 @@
 """What the features of Fashion-MNIST are worth: raw pixels, an untrained encoder, this package's defaults, lightly's
 SwAV. Every piece that is done stays in `runs/quality` and is not done again: stop it when you like, and start it again.
 `--quick` on digits in seconds, `--write` keeps the table in README.md."""
-import argparse, ast, hashlib, importlib.metadata, inspect, json, math, os, statistics, sys, textwrap, time, warnings
+import ast, hashlib, importlib.metadata, inspect, json, math, os, statistics, sys, textwrap, time, warnings
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch, torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import self_supervised_swav
-from harness import line, made_on, write_between
+from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, write_between
 from self_supervised_swav.augment import get_batch_augs
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.encoders import create_encoder
@@ -116,7 +117,9 @@ def pretrain_ours(s, seed):
 
 class Crops(Dataset):
     "lightly's crops of one image per item"
-    def __init__(self, x, tfm): self.images,self.tfm = [Image.fromarray(o) for o in x],tfm
+    def __init__(self, x, tfm):
+        x = x if x.dtype==torch.uint8 else (x*255).round().byte()
+        self.images,self.tfm = [Image.fromarray(o) for o in x.permute(0,2,3,1).squeeze(-1).numpy()],tfm
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.tfm(self.images[i])
 
@@ -133,11 +136,9 @@ class LightlyModel(nn.Module):
 def pretrain_lightly(s, seed):
     "lightly's example: its crops scaled from 224 and 96 px, 512 prototypes, Adam at 1e-3, two loader processes"
     dls,encoder = get_dls(s, seed),new_encoder(s, seed)
-    x = dls.train.dataset.x[:,0]
-    x = (x if x.dtype==torch.uint8 else (x*255).round().byte()).numpy()
     small = round(s['size']*96/224)
-    loader = DataLoader(Crops(x, SwaVTransform(crop_sizes=(s['size'],small), normalize=None)), batch_size=s['bs'],
-                        shuffle=True, drop_last=True, num_workers=2)
+    crops = Crops(dls.train.dataset.x, SwaVTransform(crop_sizes=(s['size'],small), normalize=None))
+    loader = DataLoader(crops, batch_size=s['bs'], shuffle=True, drop_last=True, num_workers=2)
     model,criterion = LightlyModel(encoder, s['channels'][-1]),SwaVLoss()
     opt,watch = torch.optim.Adam(model.parameters(), lr=1e-3),Watch(encoder, dls)
     model.train()
@@ -286,30 +287,22 @@ def write(path, text):
     write_between(path, begin, end, text)
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__)
+    p = parser_of_pieces(__doc__, 'quality')
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--only', nargs='+', choices=list(arms), default=list(arms))
     p.add_argument('--epochs', type=int, help=f"of pretraining (default: {full['epochs']})")
-    p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
-    p.add_argument('--out', type=Path, default=here.parent/'runs'/'quality')
-    p.add_argument('--quick', action='store_true', help='digits and a tiny network: does it run?')
-    p.add_argument('--table', action='store_true', help='only print what is done')
-    p.add_argument('--write', action='store_true', help='keep the table in benchmarks/README.md')
-    args = p.parse_args(argv)
-    if args.write and args.quick: p.error('--write keeps full runs alone')
-    s,start = dict(quick if args.quick else full),time.time()
+    args = parse_pieces(p, argv)
+    s = dict(quick if args.quick else full)
     if args.epochs: s['epochs'] = args.epochs
     out = args.out/'quick' if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(s['threads'])
-    todo = [] if args.table else [(f, arm, seed) for seed in range(args.seeds) for arm in args.only
-                                  for f in (pretrained, whitened,
-                                            *(lambda *a, i=i, **k: few_labels(*a, i, **k) for i in range(2)))]
-    for f,arm,seed in todo:
-        if time.time()-start>60*args.minutes: break
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            f(out, arm, s, seed)
+    todo = [] if args.table else [partial(f, out, arm, s, seed, *more) for seed in range(args.seeds)
+                                  for arm in args.only for f,*more in ((pretrained,), (whitened,), (few_labels,0),
+                                                                       (few_labels,1))]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        do_pieces(todo, args.minutes)
     text = report(out, s, args.seeds)
     print(text)
     if args.write: write(here/'README.md', f'{made_on()}\n\n{text}')

@@ -3,8 +3,8 @@ all, on Fashion-MNIST and on clip art. One pretraining for each, without labels;
 random half of the pretraining images, and test images say how good a classifier the labels make. Every piece that is
 done stays in `runs/selection` and is not done again. `--quick` on digits in seconds, `--write` keeps the tables in
 README.md."""
-import argparse, hashlib, math, statistics, time, warnings
-from functools import cache
+import hashlib, math, statistics, warnings
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.stats import t as student
 
-from harness import line, made_on, write_between
+from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, write_between
 from quality import piece, quiet, tuned, version
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
@@ -219,16 +219,10 @@ def write(path, text):
     write_between(path, begin, end, text)
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__)
+    p = parser_of_pieces(__doc__, 'selection')
     p.add_argument('--data', nargs='+', choices=list(full), default=list(full))
-    p.add_argument('--minutes', type=float, default=math.inf, help='start no new piece after so many')
-    p.add_argument('--out', type=Path, default=here.parent/'runs'/'selection')
-    p.add_argument('--quick', action='store_true', help='digits and a tiny network: does it run?')
-    p.add_argument('--table', action='store_true', help='only print what is done')
-    p.add_argument('--write', action='store_true', help='keep the tables in benchmarks/README.md')
-    args = p.parse_args(argv)
-    if args.write and args.quick: p.error('--write keeps full runs alone')
-    settings,start = quick if args.quick else {k: full[k] for k in args.data},time.time()
+    args = parse_pieces(p, argv)
+    settings = quick if args.quick else {k: full[k] for k in args.data}
     out = args.out/'quick' if args.quick else args.out
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # CPU times of one thread compare on a machine that does other things
@@ -237,11 +231,9 @@ def main(argv=None):
     todo += sorted([(tuning,data,s,m,d,n) for data,s in settings.items() for n,n_draws in s['tuned'].items()
                     for d in range(n_draws) for m in methods], key=lambda o: o[-1])
     if args.table: todo = []
-    for f,data,s,*more in todo:
-        if time.time()-start>60*args.minutes: break
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            f(out, data, s, *more)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        do_pieces([partial(f, out, *more) for f,*more in todo], args.minutes)
     text = report(out, settings)
     print(text)
     if args.write: write(here/'README.md', f'{made_on()}\n\n{text}')
