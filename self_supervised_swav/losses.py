@@ -66,16 +66,16 @@ def _write_grad_and_get_loss(scores, codes, assign_ids, temp, bound, grad=None):
     scale = 1/(len(assign_ids)*(V-1)*B)
     losses = [_sum_of_rows(*o, assign_ids, temp, safe, scale)
               for o in zip(scores.split(rows, 1), codes.split(rows, 1), grads)]
-    return sum(losses)*scale
+    return sum(losses)
 
 def _sum_of_rows(scores, codes, grad, assign_ids, temp, safe, scale):
-    "The cross entropies of some images, added; `safe`: plain exponentials of the scores stay in range"
+    "The cross entropies of some images by `scale`, added; `safe`: plain exponentials of the scores stay in range"
     target,mass = codes.sum(0),codes.sum(2)
     weight = mass.sum(0).repeat(len(scores), 1)  # m_v of every crop
     x,q_by,t_by = scores,codes,target
     if not safe:  # half of the way up to the largest score, which is never too far for a float; nor are its products
         x = torch.addcmul(scores.amax(2, keepdim=True).mul_(-.5), scores, scores.new_ones(()), value=.5, out=grad)
-        q_by,t_by = codes*(2/temp),target*(2/temp)
+        q_by,t_by = codes*(2*scale/temp),target*(2*scale/temp)
     cross = torch.bmm(t_by[:,None], x.permute(1, 2, 0))[:,0].T
     for i,v in enumerate(assign_ids):
         weight[v] -= mass[i]
@@ -87,7 +87,8 @@ def _sum_of_rows(scores, codes, grad, assign_ids, temp, safe, scale):
     if safe: p = torch.mul(scores, 1/(temp*_ln2), out=grad).exp2_()
     else: p = x.mul_(2/(temp*_ln2)).exp2_()
     norm = p.sum(2)
-    loss = (weight*norm.log()).sub_(cross, alpha=1/temp if safe else 1).sum()
+    if safe: loss = (weight*norm.log()).sub_(cross, alpha=1/temp).sum()*scale
+    else: loss = (weight*norm.log()).mul_(scale).sub_(cross).sum()  # a sum that is not scaled may be no float
     if grad is not None:  # p becomes the gradient, in place; target and weight are not needed any more
         c = scale/temp
         torch.addcmul(target.mul_(-c), p, (weight.mul_(c)/norm)[...,None], out=p)

@@ -123,6 +123,11 @@ def test_scores_beyond_float32(ids):
     scores = torch.tensor([[[0.,1e19]],[[1e19,-1e19]]])
     codes = torch.tensor([[[.3,.7]],[[.6,.4]]])[:len(ids)]
     for temp in (1e-21,1e-30): assert swapped_loss(scores, codes, ids, temp)==torch.inf
+    # a mean near float32's end, whose sum over images, crops and codes is beyond it
+    many,sure = scores.repeat(1, 99, 1)*2e18,torch.tensor([.3,.7]).expand(len(ids), 99, 2)
+    want = by_pairs(many.double(), sure.double(), ids, 1.)
+    assert want<torch.finfo(torch.float32).max<99*want
+    assert abs(swapped_loss(many, sure, ids, 1.)-want)<=rounding(torch.float32, 250, 4e37)  # scores are up to 2e37
     same = scores[:1].expand(2, 1, 2)
     sure = torch.tensor([[[0.,1.]]]).expand(len(ids), 1, 2)
     assert swapped_loss(same, sure, ids, 1e-21)==0
