@@ -93,9 +93,9 @@ def test_runner_fails(project):
         assert res.returncode == 1 and res.stdout.splitlines()[-3:] == [
             '1 skipped: no camera', '1 skipped: unconditional skip',
             '8 passed, 5 failed, 2 skipped'], res.stdout+res.stderr
-        for s in ('FAILED drift', 'README.md', 'FAILED ruff', 'checks, beside the notebooks: 0 passed, 2 failed', 'FAILED nbs/02_bad.ipynb',
-                  'FAILED nbs/03_syntax.ipynb', 'notebooks: 2 passed, 2 failed', 'test_bad.py::test_b',
-                  'tests: 2 passed, 1 failed, 2 skipped'):
+        for s in ('FAILED drift', 'README.md', 'FAILED ruff', 'checks beside notebooks: 0 passed, 2 failed',
+                  'FAILED nbs/02_bad.ipynb', 'FAILED nbs/03_syntax.ipynb', 'notebooks: 2 passed, 2 failed',
+                  'test_bad.py::test_b', 'tests: 2 passed, 1 failed, 2 skipped'):
             assert s in res.stdout, s
     finally:
         for p in bad: p.unlink(missing_ok=True)

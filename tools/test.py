@@ -16,7 +16,7 @@ def start_checks():
 def end_checks(running, start):
     failed = [nm for nm, p in running.items() if p.wait()]
     for nm in failed: print(f'FAILED {nm}')
-    return say('checks, beside the notebooks', Count(len(running)-len(failed), len(failed)), start)
+    return say('checks beside notebooks', Count(len(running)-len(failed), len(failed)), start)
 
 def main(words=()):
     start, running, nbs = time.time(), start_checks(), find_notebooks(words)
