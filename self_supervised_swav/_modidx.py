@@ -2535,6 +2535,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'self_supervised_swav/simclr.py')},
             'self_supervised_swav.sinkhorn': { 'self_supervised_swav.sinkhorn._all_reduce': ( 'sinkhorn.html#_all_reduce',
                                                                                               'self_supervised_swav/sinkhorn.py'),
+                                               'self_supervised_swav.sinkhorn._are_positive': ( 'sinkhorn.html#_are_positive',
+                                                                                                'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._careful_codes': ( 'sinkhorn.html#_careful_codes',
                                                                                                  'self_supervised_swav/sinkhorn.py'),
                                                'self_supervised_swav.sinkhorn._column_max': ( 'sinkhorn.html#_column_max',

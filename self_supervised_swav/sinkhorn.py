@@ -173,6 +173,12 @@ def sinkhorn(
         Q.zero_().scatter_(1, best, 1.)
     return Q
 
+def _are_positive(row_sums):
+    "Does a row's sum divide it? 0, inf and NaN come of scores beyond the bound"
+    if not len(row_sums): return True
+    lo,hi = row_sums.aminmax()
+    return 0<lo.item() and hi.item()<math.inf
+
 def _write_codes(S, eps, n_iters, bound, group, Q):
     "The codes of `S` into `Q`, by the plain iterations where they are safe"
     lo,hi = (-bound,bound) if bound is not None else _score_range(S, group)
@@ -185,7 +191,7 @@ def _write_codes(S, eps, n_iters, bound, group, Q):
             if bound is not None: lo,hi = _score_range(S, group)
             S,eps = _rescale(S, eps, max(-lo, hi))
         row_sums = _careful_codes(S, eps, n_iters, group, Q)
-    if bound is not None and S.device.type=='cpu' and not all(r.min().item()>0 for r in row_sums if len(r)):
+    if bound is not None and S.device.type=='cpu' and not all(map(_are_positive, row_sums)):
         raise ValueError(f"scores must be finite and within the bound of {bound}")
 
 def _score_range(S, group):

@@ -132,6 +132,14 @@ def test_not_finite(bad, bound):
     if bound is None or bad!=-float('inf'):
         with pytest.raises(ValueError, match='scores must be finite'): sinkhorn(S, bound=bound)
 
+@pytest.mark.parametrize('dtype,score', [(torch.float32,-100), (torch.float64,-740)])
+def test_a_promise_that_does_not_hold(dtype, score):
+    "Scores beyond their bound whose exponentials are the last numbers above 0: 1/x is infinite"
+    for shape in ((1,1),(2,3)):
+        S = torch.full(shape, score, dtype=dtype)
+        assert S.exp().min()>0 and S.exp().reciprocal().isinf().all()
+        with pytest.raises(ValueError, match='within the bound of 1'): sinkhorn(S, eps=1, n_iters=1, bound=1.)
+
 @pytest.mark.parametrize('eps', [.01,.05,.5])
 def test_converges_to_optimal_transport(eps):
     S = torch.rand(40, 10, dtype=torch.double)
