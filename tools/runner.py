@@ -79,9 +79,7 @@ def tests(*args, may_be_none=False, marked='not slow and not gpu'):
     start = time.time()
     with tempfile.TemporaryDirectory() as tmp:
         xml = Path(tmp)/'tests.xml'
-        n = n_workers()
-        n += n>1  # tests wait for processes that they start: a core should have something to do meanwhile
-        how = ['-q', '-rfE', '--tb=short', '--disable-warnings', f'-n{n}', '--dist=worksteal',
+        how = ['-q', '-rfE', '--tb=short', '--disable-warnings', f'-n{n_workers()}', '--dist=worksteal',
                f'--durations={n_slowest}', '--durations-min=1']
         ret = subprocess.run([sys.executable, '-m', 'pytest', *how, '-m', marked, f'--junitxml={xml}',
                               *(args or ['tests'])], cwd=root).returncode
