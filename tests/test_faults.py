@@ -128,8 +128,8 @@ def test_a_loader_dies(command, photos, whole, tmp_path, monkeypatch):
     code,_,err = command('pretrain', photos, '--out', out, '--device', 'cpu', '--resume')
     assert code==0, err
 
-@pytest.mark.parametrize('num_workers', [0,1])
-@pytest.mark.parametrize('skip', [False,True])
+@pytest.mark.parametrize('num_workers,skip', [(0,True), (1,False), *(pytest.param(*o, marks=pytest.mark.slow)
+                                                                     for o in ((0,False), (1,True)))])
 def test_an_image_is_gone_in_the_middle(command, photos, whole, tmp_path, monkeypatch, num_workers, skip):
     "It is named, and the run goes on when it is back; or skipped, and counted"
     from self_supervised_swav import data

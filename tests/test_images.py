@@ -3,6 +3,8 @@ import csv, os, struct, sys, warnings, zlib
 import numpy as np, pytest, torch
 from pathlib import Path
 from PIL import Image, ImageOps
+from helpers import words_for
+from self_supervised_swav import report
 from self_supervised_swav.data import check_images, find_images, image_stats, swav_dls, write_bad_files
 from self_supervised_swav.images import (check_color_name, csv_name, duplicate_groups, escape_name, image_files,
                                          image_info, read_channels, read_image, unescape_name)
@@ -252,11 +254,12 @@ def test_pickles_are_not_read(tmp_path):
     assert tmp_path/'a.npy' in check_images([tmp_path/'a.npy'])
 
 @pytest.mark.filterwarnings('ignore')
-def test_from_five_channels_to_features(tmp_path):
+def test_from_five_channels_to_features(tmp_path, monkeypatch):
     "Pretrain, load and embed know channels, window and statistics; names of every kind come out as a table"
     from self_supervised_swav.checkpoints import load_encoder
     from self_supervised_swav.embed import embed_images
     from self_supervised_swav.runs import PretrainRun
+    monkeypatch.setattr(report, '_figure', words_for)
     images = tmp_path/'images'
     images.mkdir()
     names = [*(f'{i}.npy' for i in range(10)), '=1+1.npy', 'two\nlines.npy', os.fsdecode(b'\xe9.npy')]

@@ -170,7 +170,8 @@ def test_a_lost_shard_is_written_again(tmp_path):
     prepare_shards(source, out, size=20, per_shard=3)
     assert contents(out) == whole
 
-@pytest.mark.parametrize('signum', [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('signum', [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.slow
 def test_a_stop_loses_at_most_a_shard(tmp_path, signum):
     "Killed as soon as the second shard is there; the same command then gives the same bytes as without"
     source,out = folder_of(tmp_path/'photos', 300, (300,200)),tmp_path/'out'

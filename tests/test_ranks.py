@@ -141,6 +141,7 @@ def test_a_rank_is_killed(which, tmp_path):
     assert len(said)==1 and (f'rank {which} (' in said[0] and 'is lost' in said[0] if which else 'store' in said[0])
     assert (tmp_path/'run'/'last.pth').exists()
 
+@pytest.mark.slow
 def test_a_rank_hangs(tmp_path):
     ps = Ranks(tmp_path, 2, [*short,'--patience',4,'--out',tmp_path/'run'], before=(_hang,1,12))
     codes,_,err = ps.end(60)

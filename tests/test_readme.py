@@ -27,9 +27,10 @@ for i, source in enumerate(json.load(open(sys.argv[1]))):
 
 def test_has_blocks_of_each_kind(): assert {'python', 'sh', ''} <= {lang for lang, _ in blocks}
 
+@pytest.mark.slow
 def test_python_runs(tmp_path):
-    """In an empty folder; a value shown below a block is the value that it gives, a table of a training has the same
-    columns"""
+    """In an empty folder, without the cells that nbs/index.ipynb hides; a value shown below a block is the value that
+    it gives, a table of a training has the same columns"""
     sources = [b for lang, b in blocks if lang == 'python']
     (tmp_path/'blocks.json').write_text(json.dumps(sources))
     env = {**os.environ, 'PYTHONPATH': python_path(root), 'MPLBACKEND': 'agg'}

@@ -380,6 +380,7 @@ def test_published_encoders_are_compared_as_they_were_trained(published):
     assert 'size' not in create_encoder('resnet18', small_images=True, **tiny).settings
     assert 'stats' not in create_encoder('resnet18', pretrained=False, **tiny).settings
 
+@pytest.mark.slow
 def test_init_of_the_command(photos, tmp_path, command, old):
     "From a file to a run: architecture, weights, statistics; stopped and resumed without the file"
     args = (photos,'--n-in',1,'--init',old,'--epochs',2,'--bs',16,'--every',5,'--num-workers',0,'--device','cpu',
