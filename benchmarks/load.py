@@ -117,6 +117,7 @@ def embed(source, folder, minutes):
                          device='cpu')
         return n,time.perf_counter()-start,sum(os.times()[:4])-cpu
     shards = sorted(Path(source).glob('*.tar'))
+    if not shards: raise FileNotFoundError(f"no shards in {source}: the piece 'prepare small' makes them")
     n,secs,cpu = go(str(shards[0]))
     k = max(1, min(len(shards), int(60*minutes/secs)))
     before = harness.peak_rss()
