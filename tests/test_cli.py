@@ -55,7 +55,7 @@ def test_usage(args, command):
 
 def test_stopped_runs_go_on(photos, tmp_path, command, monkeypatch):
     "Ctrl-C, then SIGTERM, then to the end: the same bytes as without"
-    args = [photos,'--epochs',3,'--bs',8,'--every',7,'--num-workers',0,*tiny]
+    args = [photos,'--epochs',3,'--bs',12,'--every',7,'--num-workers',0,*tiny]
     whole,out = tmp_path/'whole',tmp_path/'cut'
     code,said,_ = command('pretrain', *args, '--out', whole)
     assert code==0 and 'swav.eps' in said and 'Wrote' in said
@@ -72,7 +72,7 @@ def test_stopped_runs_go_on(photos, tmp_path, command, monkeypatch):
     class Terminated(runs.EpochHistory):
         order,name = runs.EpochHistory.order,'epoch_history'
         def before_backward(self):
-            if self.train_iter==100: os.kill(os.getpid(), signal.SIGTERM)
+            if self.train_iter==60: os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as m:
         m.setattr(runs, 'EpochHistory', Terminated)
         code,_,err = command('pretrain', photos, '--out', out, '--resume')
@@ -87,7 +87,7 @@ def test_stopped_runs_go_on(photos, tmp_path, command, monkeypatch):
     code,_,err = command('pretrain', *args, '--out', out)
     assert code==2 and 'holds a run already' in err
     code,_,err = command('pretrain', photos, '--bs', 32, '--out', out, '--resume')
-    assert code==2 and 'bs is 8' in err
+    assert code==2 and 'bs is 12' in err
     before = (out/'last.pth').read_bytes()
     # finished
     assert command('pretrain', photos, '--out', out, '--resume')[0]==0 and (out/'last.pth').read_bytes()==before

@@ -202,7 +202,7 @@ def one_thread(threads_back):
     "In this process as in the ranks: another number adds up in another order"
     torch.set_num_threads(1)
 
-@pytest.mark.parametrize('more', [[], ['--whiten']], ids=['','whitened'])
+@pytest.mark.parametrize('more', [[], pytest.param(['--whiten'], marks=pytest.mark.slow)], ids=['', 'whitened'])
 def test_embed(more, run, photos, tmp_path, one_thread):
     "The bytes of one process, where the last rank has less, and where there are more ranks than batches"
     args = ['embed',run,photos,'--num-workers',0,'--device','cpu',*more]
@@ -215,6 +215,7 @@ def test_embed(more, run, photos, tmp_path, one_thread):
     codes,_,err = on_ranks(tmp_path, 2, [*args,'--bs',400,'-o',tmp_path/'b.npy'])
     assert codes==[0,0] and _bytes(tmp_path/'a.npy')==_bytes(tmp_path/'b.npy'), err
 
+@pytest.mark.slow
 def test_evaluate(run, photos, tmp_path, one_thread):
     "The figures of one process: features are shared by images, trainings by turns"
     args = ['evaluate',run,photos,'--num-workers',0,'--device','cpu','--labels',5,'--seeds',3,'--epochs',3]

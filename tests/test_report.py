@@ -91,6 +91,7 @@ def test_report(trained, tmp_path):
 
 def test_old_name(trained): assert Learner.swav_report is Learner.pretrain_report
 
+@pytest.mark.slow
 def test_report_of_a_bare_learner(tmp_path):
     "No monitor, no labels, no validation set, no training"
     learn = small_learner(dls=digits(40, valid_pct=0.))
