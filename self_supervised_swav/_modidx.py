@@ -344,6 +344,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'self_supervised_swav/collectives.py'),
                                                   'self_supervised_swav.collectives.gather_rows': ( 'collectives.html#gather_rows',
                                                                                                     'self_supervised_swav/collectives.py'),
+                                                  'self_supervised_swav.collectives.leave': ( 'collectives.html#leave',
+                                                                                              'self_supervised_swav/collectives.py'),
                                                   'self_supervised_swav.collectives.rank_here': ( 'collectives.html#rank_here',
                                                                                                   'self_supervised_swav/collectives.py'),
                                                   'self_supervised_swav.collectives.rows_to_first': ( 'collectives.html#rows_to_first',

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['wishes', 'world', 'rank_here', 'alone', 'share', 'Wishes', 'exchange', 'gather_rows', 'gather_json', 'from_first',
-           'rows_to_first']
+           'rows_to_first', 'leave']
 
 # %% ../nbs/05_collectives.ipynb #81b8fa99
-import io, json, math, os
+import io, json, math, os, time
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 import torch.distributed as dist
@@ -139,3 +139,9 @@ def rows_to_first(
                 dist.recv(block, r, group=group)
                 yield block.cpu()
             elif rank_here()==r: dist.send(x[i:i+step].contiguous().to(device), 0, group=group)
+
+# %% ../nbs/05_collectives.ipynb #5c0a11e2
+def leave():
+    "Leave the group of all ranks, after the last message to it"
+    if 'cpu' in dist.get_backend_config(): time.sleep(.1)
+    dist.destroy_process_group()

@@ -19,7 +19,7 @@ from fastai.distributed import DistributedDL, DistributedTrainer, _hidden_params
 from fastai.learner import Learner
 from fastai.torch_core import get_model, num_distrib, rank_distrib
 from fastcore.meta import delegates
-from .collectives import world
+from .collectives import leave, world
 from .queue import FeatureQueue
 from .ranks import check_rank_device
 
@@ -83,7 +83,7 @@ class DDPTrainer(DistributedTrainer):
 # %% ../nbs/28_distributed.ipynb #c3887dbe
 def _end_gloo():
     if dist.is_initialized() and 'cpu' in dist.get_backend_config() and getattr(sys, 'last_value', None) is None:
-        dist.destroy_process_group()
+        leave()
 
 # %% ../nbs/28_distributed.ipynb #660425f3
 def _seed_ranks():

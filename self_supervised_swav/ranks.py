@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from .collectives import exchange, from_first, gather_json, rank_here, wishes, world
+from .collectives import exchange, from_first, gather_json, leave, rank_here, wishes, world
 
 # %% ../nbs/06_ranks.ipynb #96e89a40
 def n_launched():
@@ -320,7 +320,7 @@ def joined(
         new.told = isinstance(new, RankError) and not watch.speaks
         raise new from e
     finally: watch.stop()
-    dist.destroy_process_group()
+    leave()
 
 # %% ../nbs/06_ranks.ipynb #c054ac02
 def launch(

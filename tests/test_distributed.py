@@ -10,7 +10,7 @@ import torch.distributed as dist
 from fastai.vision.all import Callback, DataLoaders, GradientAccumulation, Learner, Pipeline, SGD, Transform
 from torch import nn
 from helpers import rounding
-from self_supervised_swav.collectives import exchange, gather_rows, share, world
+from self_supervised_swav.collectives import exchange, gather_rows, leave, share, world
 from self_supervised_swav.data import tensor_dls
 from self_supervised_swav.distributed import DistributedDL
 from self_supervised_swav.models import create_swav_model
@@ -34,7 +34,7 @@ def _rank(f, rank, size, folder, args, device):
     torch.manual_seed(0)
     torch.save(f(rank, size, *args), f'{folder}/{rank}.pth')
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 def start(f, size, folder, *args, device='cpu'):
     ps = [ctx.Process(target=_rank, args=(f, r, size, folder, args, device)) for r in range(size)]
