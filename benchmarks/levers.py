@@ -3,20 +3,23 @@
 `python benchmarks/levers.py [--only NAME ...] [--data fashion digits clipart] [--seeds 3]`. Each piece stays in
 `runs/levers` and is not done again. Every figure is of a validation part of the training images; `--table` prints them.
 CPU seconds of one thread are what is compared: the machine may be shared."""
-import argparse, copy, hashlib, json, statistics, sys, time, warnings
+import argparse, copy, json, statistics, sys, time, warnings
+from functools import partial
 from pathlib import Path
 
-import torch, torch.nn.functional as F
+import kornia.augmentation as K, torch, torch.nn.functional as F
 from fastai.callback import schedule  # noqa: F401  it patches Learner
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
-from fastai.torch_core import set_seed
-from fasttransform import Pipeline
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import TensorImage, set_seed
+from fasttransform import Pipeline, Transform
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from harness import line
+from selection import drawings
 from self_supervised_swav.augment import BatchAugment
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
@@ -39,33 +42,13 @@ def fashion_test(seed):
 
 def digits(bs, seed): return digits_dls(bs=bs, valid_pct=.3, seed=seed, device='cpu')
 
-def held_out(name, share=.25):
-    "Is a file held out? By a fixed hash of its name, so that it is everywhere and always the same"
-    return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)<share*2**32
-
-def clipart(bs, seed, root='/usr/share/openclipart/png', size=64):
-    "Drawings on white; the folder is the label. Kept as one file of tensors after the first time"
-    from PIL import Image
-    cache = out_dir/f'clipart-{size}.pt'
-    if not cache.exists():
-        root,xs,ys,valid = Path(root),[],[],[]
-        vocab = sorted(o.name for o in root.iterdir() if o.is_dir())
-        for f in sorted(root.rglob('*.png')):
-            try:
-                with Image.open(f) as im: im = im.convert('RGBA')
-            except Exception: continue  # three files do not open
-            white = Image.new('RGBA', im.size, 'white')
-            im = Image.alpha_composite(white, im).convert('RGB')
-            im.thumbnail((size,size), Image.Resampling.LANCZOS)
-            square = Image.new('RGB', (size,size), 'white')
-            square.paste(im, ((size-im.width)//2,(size-im.height)//2))
-            xs.append(torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size,size,3).permute(2,0,1))
-            ys.append(vocab.index(f.relative_to(root).parts[0]))
-            valid.append(held_out(f.name))
-        torch.save(dict(x=torch.stack(xs), y=torch.tensor(ys), valid=torch.tensor(valid), vocab=vocab), cache)
-    o = torch.load(cache)
-    splits = [(o['valid']==v).nonzero()[:,0].tolist() for v in (False,True)]
-    return tensor_dls(o['x'], o['y'], o['vocab'], bs=bs, splits=splits, device='cpu')
+def clipart(bs, seed, size=64):
+    "Drawings, a quarter of the training part to choose by; the test part is not opened"
+    o,vocab = drawings(size)
+    own = (~o['held_out']).nonzero()[:,0]
+    own = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(0))]
+    splits = [part.tolist() for part in own.split([len(own)-len(own)//4, len(own)//4])]
+    return tensor_dls(o['x'], o['y'], vocab, bs=bs, splits=splits, device='cpu')
 
 datasets = dict( # its DataLoaders, pixels, widths of the encoder, batch size and epochs of the comparison
     fashion=(fashion, 28, (32,64,128,256), 128, 4),
@@ -119,6 +102,17 @@ class SmallFirst(Callback):
         self.learn.swav.aug_pipelines = self.small if self.learn.pct_train<self.pct else self.whole
     def after_fit(self): self.learn.swav.aug_pipelines = self.whole
 
+class Kornia(Transform):
+    "An operation of kornia on crops in [0,1]: those of one channel are not normalized"
+    split_idx,order = 0,100
+    def __init__(self, f): self.f = f
+    def encodes(self, x:TensorImage): return TensorImage(self.f(x.as_subclass(torch.Tensor)))
+
+def muon(params, **kwargs):
+    "Muon for the weights of layers, AdamW for all else"
+    from timm.optim import Muon
+    return OptimWrapper(params, Muon, nesterov=True, weight_decay=kwargs.pop('wd', .01), **kwargs)
+
 # --- the levers -------------------------------------------------------------------------------------------------------
 small = dict(layers=(1,1,1,1))
 levers = { # bs and epochs (of 4), as factors; lr as a factor of the recipe's; settings of swav_learner; callbacks
@@ -170,10 +164,18 @@ levers |= { # what else is tried with two crops alone
     'crops 22': dict(set=dict(crop_sizes=(22,14)), epochs=.83),
     'crops 16': dict(set=dict(crop_sizes=(16,14)), epochs=1.5),
     'deep projector': dict(set=dict(nlayers=3)),
+    'wide projector': dict(set=dict(hidden_size=2048)),
+    'four crops alike': dict(set=dict(num_crops=(4,0), crop_assgn_ids=[0,1,2,3]), bs=.5),
+    'erasing': dict(set=dict(xtra_tfms=[Kornia(K.RandomErasing((.02,.2), (.5,2.), p=.5))])),
+    'gamma': dict(set=dict(jitter_s=.5, xtra_tfms=[Kornia(K.RandomGamma((.4,2.5), p=.8))])),
+    'solarization': dict(set=dict(xtra_tfms=[Kornia(K.RandomSolarize(p=.2))])),
+    'rotation': dict(set=dict(rotate=True, rotate_deg=15)),
+    'muon': dict(opt=muon),
     'areas from 0.3': dict(set=dict(min_scales=(.3,.15)))}
 for _name in ('jitter 3x', 'crops 16', 'crops 22', 'temp 0.2', 'temp 0.15', 'eps 0.05', 'eps 0.03', '4x prototypes',
               'prototypes by k-means', 'averaged weights', 'small first', 'batch 32', 'batch 128', 'wd 0.1', 'wd 0',
-              'queue', 'deep projector', 'areas from 0.3'):
+              'queue', 'deep projector', 'areas from 0.3', 'wide projector', 'four crops alike', 'erasing', 'gamma',
+              'solarization', 'rotation', 'muon', 'lr 2x', '8 small crops', 'frozen less'):
     levers[f'now {_name}'] = together(*_now, _name)
 levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
 levers['j2 crops 20+14'] = together('jitter 2x', 'crops 20+14')
@@ -221,6 +223,7 @@ def run(data, lever, seed, length=1.):
     set_seed(seed)
     clock = Clock()
     cbs = [NoValidation(), clock, *(f() for f in lever.get('cbs', ()))]
+    if 'opt' in lever: settings['opt_func'] = partial(lever['opt'], wd=.01)
     learn = swav_learner(dls, 'resnet18', encoder=small|dict(channels=channels), cbs=cbs, **settings)
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
     learn.fit_one_cycle(epochs, lr_max=1e-3*(bs/64)**.5*lever.get('lr', 1))

@@ -59,7 +59,8 @@ def features(dls, encoder=None):
 def few_probe(train, valid, seed):
     "Linear probe on few labels, its penalty by cross-validation among them"
     x,y = train
-    folds = list(StratifiedKFold(min(5, int(y.bincount().min())), shuffle=True, random_state=seed).split(x, y))
+    least = int(min(n for n in y.bincount() if n))
+    folds = list(StratifiedKFold(min(5, max(2, least)), shuffle=True, random_state=seed).split(x, y))
     def score(C): return statistics.mean(linear_probe((x[a],y[a]), (x[b],y[b]), C=C).top1 for a,b in folds)
     return linear_probe(train, valid, C=max((1e-3,1e-2,1e-1,1.), key=score)).top1
 

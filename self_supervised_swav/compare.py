@@ -28,6 +28,7 @@ from .evaluate import (NoValidation, extract_features, few_label_idxs, few_label
                                            few_label_splits, knn_accuracy, largest_share, linear_probe)
 from .files import check_writable, file_digest, write_json
 from .models import in_eval
+from .precision import to_channels_last
 from .randomness import own_randomness
 from .ranks import check_alike, decided_by_first
 from .runs import saved_args, tell_merged
@@ -363,7 +364,7 @@ class _Files:
         if key not in self.dls:
             self.dls[key] = images.dls(*own, self.args.bs, num_workers=self.args.num_workers, device=self.device)
         encoder = AsTrained(load_encoder(path), n_in, size if images.files is None else None, settings.get('stats'))
-        return _Entry(name, encoder.to(self.device), self.dls[key], settings)
+        return _Entry(name, to_channels_last(encoder.to(self.device)), self.dls[key], settings)
 
     def entries(self): return [self.entry(*o) for o in zip(self.names, self.paths)]
 

@@ -19,6 +19,7 @@ from .evaluate import extract_features, normalized
 from .collectives import rank_here, world
 from .files import atomic_path, check_writable, file_digest
 from .images import escape_name, write_csv
+from .precision import to_channels_last
 from .ranks import check_alike, check_same_files, decided_by_first
 from .shards import is_shards, open_shards
 from .sources import size_and_channels
@@ -63,8 +64,8 @@ def folder_features(
         warnings.warn(f"{path} has no whitening: it is fitted to these {len(files)} images, so features of other "
                       "folders do not compare with these")
     layer = layer or whiten
-    encoder,progress = load_encoder(path).to(device),sys.stdout.isatty()
-    return extract_features(encoder, loader, progress=progress, whiten=layer, group=group)[0],files
+    encoder = to_channels_last(load_encoder(path).to(device))
+    return extract_features(encoder, loader, progress=sys.stdout.isatty(), whiten=layer, group=group)[0],files
 
 def features_for(
     args, # `ImageArgs` of a command, with `run` and `folder`

@@ -49,15 +49,18 @@ def _overruns(m):
     return (isinstance(m, nn.Conv2d) and max(m.kernel_size)==1 and max(m.stride)>1 and m.in_channels//m.groups<16)
 
 def to_channels_last(
-    model # A model on a CPU
+    model # A model
 )->nn.Module: # The same model
     """Put the channels of a pixel side by side, in which convolutions on a CPU take less time
 
-    A model is left as it is where oneDNN has a bug in this layout: a strided 1x1 convolution of fewer than 16 channels.
+    A model is left as it is on another device, and where oneDNN has a bug in this layout: a strided 1x1 convolution of
+    fewer than 16 channels.
 
         to_channels_last(encoder)
     """
-    return model if any(map(_overruns, model.modules())) else model.to(memory_format=torch.channels_last)
+    p = next(model.parameters(), None)
+    if p is None or p.device.type!='cpu' or any(map(_overruns, model.modules())): return model
+    return model.to(memory_format=torch.channels_last)
 
 # %% ../nbs/29_precision.ipynb #02d61396
 class DeviceMixedPrecision(MixedPrecision):
