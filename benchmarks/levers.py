@@ -116,7 +116,7 @@ def muon(params, **kwargs):
 # --- the levers -------------------------------------------------------------------------------------------------------
 small = dict(layers=(1,1,1,1))
 levers = { # bs and epochs (of 4), as factors; lr as a factor of the recipe's; settings of swav_learner; callbacks
-    'base': dict(set=dict(jitter_s=.5, num_crops=(2,4), crop_sizes=(28,18)), lr=1.),  # what the recipe of 28 px was
+    'base': dict(set=dict(jitter_s=.5, num_crops=(2,4), crop_sizes=(28,18), gamma=False), lr=1.),  # as it was
     'jitter 2x': dict(set=dict(jitter_s=1.)),
     'jitter 3x': dict(set=dict(jitter_s=1.5)),
     'batch 64': dict(bs=.5),
@@ -164,19 +164,25 @@ levers |= { # what else is tried with two crops alone
     'crops 22': dict(set=dict(crop_sizes=(22,14)), epochs=.83),
     'crops 16': dict(set=dict(crop_sizes=(16,14)), epochs=1.5),
     'deep projector': dict(set=dict(nlayers=3)),
+    'half the prototypes': dict(set=dict(n_protos=64)), 'twice the prototypes': dict(set=dict(n_protos=256)),
     'wide projector': dict(set=dict(hidden_size=2048)),
     'four crops alike': dict(set=dict(num_crops=(4,0), crop_assgn_ids=[0,1,2,3]), bs=.5),
     'erasing': dict(set=dict(xtra_tfms=[Kornia(K.RandomErasing((.02,.2), (.5,2.), p=.5))])),
     'gamma': dict(set=dict(jitter_s=.5, xtra_tfms=[Kornia(K.RandomGamma((.4,2.5), p=.8))])),
+    'gamma, jitter as it is': dict(set=dict(xtra_tfms=[Kornia(K.RandomGamma((.4,2.5), p=.8))])),
+    'gamma first': dict(set=dict(jitter_s=.5, gamma=True)),
     'solarization': dict(set=dict(xtra_tfms=[Kornia(K.RandomSolarize(p=.2))])),
     'rotation': dict(set=dict(rotate=True, rotate_deg=15)),
     'muon': dict(opt=muon),
     'areas from 0.3': dict(set=dict(min_scales=(.3,.15)))}
 for _name in ('jitter 3x', 'crops 16', 'crops 22', 'temp 0.2', 'temp 0.15', 'eps 0.05', 'eps 0.03', '4x prototypes',
-              'prototypes by k-means', 'averaged weights', 'small first', 'batch 32', 'batch 128', 'wd 0.1', 'wd 0',
-              'queue', 'deep projector', 'areas from 0.3', 'wide projector', 'four crops alike', 'erasing', 'gamma',
-              'solarization', 'rotation', 'muon', 'lr 2x', '8 small crops', 'frozen less'):
+              'prototypes by k-means', 'averaged weights', 'small first', 'batch 32', 'batch 128',
+              'wd 0.1', 'wd 0', 'queue', 'deep projector', 'areas from 0.3', 'wide projector',
+              'four crops alike', 'erasing', 'gamma', 'gamma first', 'gamma, jitter as it is',
+              'solarization', 'rotation', 'muon', 'lr 2x', '8 small crops', 'frozen less',
+              'half the prototypes', 'twice the prototypes'):
     levers[f'now {_name}'] = together(*_now, _name)
+    levers[f'gamma {_name}'] = together(*_now, 'gamma first', _name)
 levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
 levers['j2 crops 20+14'] = together('jitter 2x', 'crops 20+14')
 

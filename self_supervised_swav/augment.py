@@ -26,7 +26,7 @@ class ExactAugment(nn.Module):
     "The chain of kornia's operations that `FusedAugment` fuses; same arguments"
     def __init__(self, size, scale=(.14,1.), ratio=(3/4,4/3), flip_p=.5, rotate_p=0., rotate_deg=(-30.,30.),
                  jitter_p=.8, jitter=(.8,.8,.8,.2), bw_p=.2, blur_p=.5, blur_s=(.1,2.), stats=None,
-                 same_on_batch=False):
+                 same_on_batch=False, gamma_p=0., gamma_range=(.4,2.5)):
         super().__init__()
         store_attr()
         self.chains = nn.ModuleDict()
@@ -39,6 +39,7 @@ class ExactAugment(nn.Module):
         tfms = [K.RandomResizedCrop((self.size,self.size), self.scale, self.ratio, align_corners=False, **same),
                 K.RandomHorizontalFlip(p=self.flip_p, **same)]
         if self.rotate_p>0: tfms.append(K.RandomRotation(self.rotate_deg, p=self.rotate_p, align_corners=False, **same))
+        if self.gamma_p>0: tfms.append(K.RandomGamma(self.gamma_range, p=self.gamma_p, **same))
         if self.jitter_p>0: tfms.append(K.ColorJitter(*self.jitter[:4 if c==3 else 2], p=self.jitter_p, **same))
         if self.bw_p>0 and c==3: tfms.append(K.RandomGrayscale(p=self.bw_p, **same))
         if self.blur_p>0 and radius>0: tfms.append(K.RandomGaussianBlur(2*radius+1, self.blur_s, p=self.blur_p, **same))
@@ -106,6 +107,7 @@ def get_batch_augs(
     jitter:bool=True, # Jitter the colors?
     bw:bool=True, # Make some crops gray?
     blur:bool=True, # Blur?
+    gamma:bool=False, # Raise brightness to a power?
     resize_scale:tuple=(.14,1.), # Smallest and largest area of a crop, as a share of the image's
     resize_ratio:tuple=(3/4,4/3), # Smallest and largest width/height of a crop
     rotate_deg:float=30, # Largest angle, either way, in degrees
@@ -118,12 +120,14 @@ def get_batch_augs(
     jitter_p:float=.8, # Probability of a color jitter
     bw_p:float=.2, # Probability of a gray crop
     blur_p:float=.5, # Probability of a blur
+    gamma_range:tuple=(.4,2.5), # Smallest and largest power; below 1 dark pixels become brighter
+    gamma_p:float=.8, # Probability of a power
     stats:tuple=imagenet_stats, # Mean and standard deviation to normalize with; None for none
     cuda:bool|None=None, # Ignored: everything runs on the device of the batch
     xtra_tfms:list|tuple=(), # fastai transforms to add, after the normalization
     exact:bool=False # kornia's operations one by one instead of fused?
 )->Pipeline: # Of `split_idx=0`
-    """Random crops of a batch: a pipeline that crops, flips, rotates, jitters, blurs and normalizes
+    """Random crops of a batch: a pipeline that crops, flips, rotates, brightens, jitters, blurs and normalizes
 
     It maps images (B,C,H,W) in [0,1], on any device, to (B,C,`size`,`size`), each image with its own parameters. A
     `ValueError` names an argument outside of its range.
@@ -134,7 +138,9 @@ def get_batch_augs(
     resize_scale = _check_range('resize_scale', resize_scale, _tiny, 1, '0 < min <= max <= 1')
     resize_ratio = _check_range('resize_ratio', resize_ratio, _tiny, math.inf, '0 < min <= max')
     blur_s = _check_range('blur_s', blur_s, _tiny, math.inf, '0 < min <= max')
-    for name,p in dict(flip_p=flip_p, rotate_p=rotate_p, jitter_p=jitter_p, bw_p=bw_p, blur_p=blur_p).items():
+    gamma_range = _check_range('gamma_range', gamma_range, _tiny, math.inf, '0 < min <= max')
+    for name,p in dict(flip_p=flip_p, rotate_p=rotate_p, jitter_p=jitter_p, bw_p=bw_p, blur_p=blur_p,
+                       gamma_p=gamma_p).items():
         _check(name, p, _is_real(p) and 0<=p<=1, 'a probability between 0 and 1')
     _check('rotate_deg', rotate_deg, _is_real(rotate_deg) and 0<=rotate_deg<=180, 'between 0 and 180 degrees')
     _check('jitter_s', jitter_s, _is_real(jitter_s) and 0<=jitter_s<=2.5, 'between 0 and 2.5 (a hue of half a turn)')
@@ -143,7 +149,8 @@ def get_batch_augs(
     rotate_p,jitter_p,bw_p,blur_p = rotate_p*bool(rotate),jitter_p*bool(jitter),bw_p*bool(bw),blur_p*bool(blur)
     aug = (ExactAugment if exact else FusedAugment)(
         int(size), resize_scale, resize_ratio, flip_p, rotate_p, (-rotate_deg,rotate_deg), jitter_p,
-        tuple(jitter_s*s for s in (.8,.8,.8,.2*hue_s)), bw_p, blur_p, blur_s, stats, same_on_batch)
+        tuple(jitter_s*s for s in (.8,.8,.8,.2*hue_s)), bw_p, blur_p, blur_s, stats, same_on_batch, gamma_p*bool(gamma),
+        gamma_range)
     return Pipeline([BatchAugment(aug), *xtra_tfms], split_idx=0)
 
 # %% ../nbs/12_augment.ipynb #b39eca75
@@ -304,7 +311,7 @@ class MultiCrop:
         return [(ids, self.sizes[ids[0]], _pipeline_settings(self.pipelines[ids[0]])) for ids in shared.values()]
 
     def strength(self,
-        name:str # 'jitter', 'blur', 'rotate', 'flip' or 'bw'
+        name:str # 'jitter', 'blur', 'rotate', 'flip', 'bw' or 'gamma'
     )->float: # 0 where it is off or unknown
         "The largest probability among the views of one augmentation"
         if f'{name}_p' not in setting_names:

@@ -118,7 +118,7 @@ def create_timm_encoder(
     n_in:int=3, # Channels of the images
     pretrained:bool=True, # Load pretrained weights (from the internet)
     pool_type:PoolingType|str|None=None, # None: the architecture's own
-    small_images:bool=False, # Keep the resolution in the stem, for images under about 64 px
+    small_images:bool=False, # Keep the resolution in the stem, for images, or crops, under about 64 px
     **kwargs # More arguments of `timm.create_model`
 ) -> nn.Module:
     """Encoder from the timm model named `arch`
@@ -174,7 +174,7 @@ def create_fastai_encoder(
     n_in:int=3, # Channels of the images
     pretrained:bool=True, # Load pretrained weights (from the internet)
     pool_type:PoolingType|str|None=None, # None: the average
-    small_images:bool=False, # Keep the resolution in the stem, for images under about 64 px
+    small_images:bool=False, # Keep the resolution in the stem, for images, or crops, under about 64 px
     **kwargs # More arguments of `arch`
 ) -> nn.Module:
     """Encoder from the fastai or torchvision architecture `arch`
@@ -221,7 +221,7 @@ def create_encoder(
     n_in:int=3, # Channels of the images
     pretrained:bool=True, # Load pretrained weights (from the internet)
     pool_type:PoolingType|str|None=None, # None: the architecture's own, for convolutional networks the average
-    small_images:bool=False, # Keep the resolution in the stem, for images under about 64 px
+    small_images:bool=False, # Keep the resolution in the stem, for images, or crops, under about 64 px
     **kwargs # More arguments of `timm.create_model`, or of the function
 ) -> nn.Module:
     """Encoder that maps images (B,`n_in`,H,W) to features (B,n)

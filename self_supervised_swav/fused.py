@@ -52,13 +52,15 @@ def _largest_box(h, w, scale, ratio):
 
 # %% ../nbs/11_fused.ipynb #1b888988
 # what an engine says of itself in `settings`; the probabilities end with `_p`
-setting_names = 'scale','ratio','flip_p','rotate_p','rotate_deg','jitter_p','jitter','bw_p','blur_p','blur_s'
+setting_names = ('scale','ratio','flip_p','rotate_p','rotate_deg','jitter_p','jitter','bw_p','blur_p','blur_s',
+                 'gamma_p','gamma_range')
 # how many uniform numbers each decision takes
 _n_uniform = dict(box=22, jitter=1, factors=4, order=4, rotate=1, angle=1, bw=1, blur=1, sigma=1, flip=1)
 
 class FusedGenerator(RandomGeneratorBase):
     "Draws the parameters of `FusedAugment`, on the CPU"
-    def __init__(self, scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p, blur_p, blur_s):
+    def __init__(self, scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p, blur_p, blur_s, gamma_p,
+                 gamma_range):
         super().__init__()
         store_attr()
 
@@ -68,9 +70,13 @@ class FusedGenerator(RandomGeneratorBase):
     def forward(self, batch_shape, same_on_batch=False, n=1):
         "`n` rows per image: row `v*len(batch)+i` is crop `v` of image `i`"
         bs,(h,w) = batch_shape[0],batch_shape[-2:]
-        u = torch.rand(n if same_on_batch else n*bs, sum(_n_uniform.values()), dtype=torch.float64, device='cpu')
-        if same_on_batch: u = u.repeat_interleave(bs, 0)
-        u = dict(zip(_n_uniform, u.split(list(_n_uniform.values()), 1)))
+        def uniform(k):
+            u = torch.rand(n if same_on_batch else n*bs, k, dtype=torch.float64, device='cpu')
+            return u.repeat_interleave(bs, 0) if same_on_batch else u
+        u = dict(zip(_n_uniform, uniform(sum(_n_uniform.values())).split(list(_n_uniform.values()), 1)))
+        # numbers of their own: without a gamma, crops are those of the versions that had none
+        more = uniform(2) if self.gamma_p>0 else u['flip'].expand(-1, 2)
+        u['gamma'],u['exponent'] = more.split(1, 1)
         def happens(name, p): return u[name]<p
         def between(name, lo, hi): return u[name]*(hi-lo) + lo
         *strengths,hue = self.jitter
@@ -80,9 +86,10 @@ class FusedGenerator(RandomGeneratorBase):
         factors = torch.where(happens('jitter', self.jitter_p), between('factors', lows, highs), neutral)
         angle = torch.where(happens('rotate', self.rotate_p), between('angle', *self.rotate_deg), 0.)
         sigma = torch.where(happens('blur', self.blur_p), between('sigma', *self.blur_s), 0.)
+        gamma = torch.where(happens('gamma', self.gamma_p), between('exponent', *self.gamma_range), 1.)
         return dict(box=draw_boxes(u['box'], h, w, self.scale, self.ratio), flip=happens('flip', self.flip_p)[:,0],
                     angle=angle[:,0], factors=factors, order=u['order'].argsort(1),
-                    bw=happens('bw', self.bw_p)[:,0], sigma=sigma[:,0])
+                    bw=happens('bw', self.bw_p)[:,0], sigma=sigma[:,0], gamma=gamma[:,0])
 
 # %% ../nbs/11_fused.ipynb #1b799f7a
 def reflected(i, n):
@@ -251,7 +258,7 @@ class BoxCutter:
 
     def __init__(self,
         x:Tensor, # Images, (B,C,H,W)
-        table:Tensor, # A row per crop: top, left, height and width of its box, flip, angle, sigma, …
+        table:Tensor, # A row per crop: top, left, height and width of its box, flip, angle, sigma, gamma, …
         size:int, # Height and width of a crop
         radius:int, # Half width of the blur; 0 for none
         largest:tuple # Height and width that no box exceeds
@@ -312,7 +319,7 @@ class BoxCutter:
 
 # %% ../nbs/11_fused.ipynb #3604e622
 class FusedAugment(K.GeometricAugmentationBase2D):
-    "Crop, flip, blur, rotate, color and normalize a batch"
+    "Crop, flip, blur, rotate, brighten, color and normalize a batch"
     _compute_matrix_lazily = True
     def __init__(self,
         size:int, # Height and width of a crop
@@ -327,12 +334,14 @@ class FusedAugment(K.GeometricAugmentationBase2D):
         blur_p:float=.5, # Probability of a blur
         blur_s:tuple=(.1,2.), # Its standard deviation, in pixels of the crop
         stats:tuple|None=None, # Mean and standard deviation of each channel, to normalize with
-        same_on_batch:bool=False # All images of a batch get the same parameters?
+        same_on_batch:bool=False, # All images of a batch get the same parameters?
+        gamma_p:float=0., # Probability of a gamma
+        gamma_range:tuple=(.4,2.5) # Smallest and largest exponent, before the color jitter
     ):
         super().__init__(p=1., same_on_batch=same_on_batch)
         self.disable_features = True  # kornia 0.8 would keep each result, on the CPU
         self._param_generator = FusedGenerator(scale, ratio, flip_p, rotate_p, rotate_deg, jitter_p, jitter, bw_p,
-                                               blur_p, blur_s)
+                                               blur_p, blur_s, gamma_p, gamma_range)
         self.flags,self.memory = dict(size=size, stats=stats),ReusedMemory()
         self.radius = min(math.ceil(4*blur_s[1]), size-1) if blur_p>0 else 0
 
@@ -374,18 +383,19 @@ class FusedAugment(K.GeometricAugmentationBase2D):
             for y in self._cut(x, table):
                 rows = slice(done, done := done+len(y))
                 if self._param_generator.rotate_p>0: y = _rotate(y, table[rows,5])
-                self._paint(y, table[rows,7:], out[rows])
+                if self._param_generator.gamma_p>0: y = y.clamp_(0, 1).pow_(table[rows,7,None,None,None])
+                self._paint(y, table[rows,8:], out[rows])
         return out
 
     def _table(self, params, c):
-        "What the device must know of each crop: box, flip, angle, sigma, color matrices, offset"
+        "What the device must know of each crop: box, flip, angle, sigma, gamma, color matrices, offset"
         g,n = self._param_generator,len(params['box'])
         if g.jitter_p>0 or g.bw_p>0:
             check_color(c)
             A,D = color_matrices(params['factors'], params['order'], params['bw'], c)
         else: A,D = torch.eye(c, device='cpu').expand(n,c,c),torch.zeros(n,c,c, device='cpu')
         mean,std = (torch.tensor(o, device='cpu')[:,None] for o in channel_stats(self.flags['stats'], c))
-        cols = [params['box'], *(params[k][:,None] for k in ('flip','angle','sigma')),
+        cols = [params['box'], *(params[k][:,None] for k in ('flip','angle','sigma','gamma')),
                 (A/std).flatten(1), (D/std).flatten(1), (-mean/std).T.expand(n,c)]
         return torch.cat([o.float() for o in cols], 1)
 

@@ -92,6 +92,16 @@ def _stride_at(encoder, size, n_in):
         for h in hooks: h.remove()
     return None if refused else math.prod(strides.values())
 
+def _whole_crops(recipe, encoder, n_in, size):
+    "Crops as large as the images, where smaller ones, which the recipe has, would be about a cell for `encoder`"
+    crops = recipe['augs']['crop_sizes']
+    if recipe.get('features', {}).get('size', size)>=size: return
+    stride = _stride_at(encoder, size, n_in)
+    if stride is None or max(crops)>=1.5*stride: return
+    recipe.put('augs', 'crop_sizes', tuple(round(o*size/max(crops)) for o in crops),
+               f"the {size} px of the images: smaller crops would be about a cell of the encoder's {stride} px")
+    recipe.drop('features', 'size')
+
 def _fit_crops(recipe, encoder, n_in, given):
     "Replace sizes that `encoder` does not take by close ones that it does, unless they are `given`; returns its stride"
     sizes,conv = recipe['augs']['crop_sizes'],first_conv(encoder)
@@ -115,7 +125,7 @@ def _crop_concerns(recipe, size, stride):
     "Sizes of crops that will disappoint, in words"
     crops,texts = tuple(recipe['augs']['crop_sizes']),[]
     if min(crops)<stride:
-        small = not recipe['encoder'].get('small_images') and size<64
+        small = not recipe['encoder'].get('small_images') and size<128
         larger = f"{'crops' if size>=stride else 'images and crops'} of {stride} px or more"
         texts.append(f"crop_sizes={crops} has crops smaller than the encoder's stride of {stride} px: it sees them as "
                      f"one cell. Try {'small_images=True' if small else larger}")
@@ -387,6 +397,7 @@ def pretrain_learner(
         print(_load_start(start, enc))
         if start.stats and not decided:
             recipe.put('augs', 'stats', start.stats, 'what the weights know')
+    if own_recipe and 'crop_sizes' not in given['augs']: _whole_crops(recipe, enc, n_in, min(size))
     stride = _fit_crops(recipe, enc, n_in, 'crop_sizes' in given['augs'])
 
     if not own_opt:

@@ -226,6 +226,7 @@ def _shorter_side(image_size):
     return min(sides)
 
 def _is_few(n_images): return n_images<100_000
+def _is_reduced(size): return 64<=size<128  # crops are computed at less than the resolution of the images
 def _round_lr(lr): return float(f'{min(lr, 4e-3):.1e}')
 
 # %% ../nbs/04_recipes.ipynb #cac6bcc5
@@ -249,7 +250,7 @@ def common_recipe(
     if batch>n_images:
         raise ValueError(f"bs must be at most n_images/world_size = {n_images//world_size}, got {bs}: "
                          "an epoch would have no whole batch")
-    few,tiny,steps = _is_few(n_images),size<64,n_images//batch
+    few,tiny,steps = _is_few(n_images),size<128,n_images//batch
     r = Recipe({g: {} for g in ('dls','encoder','model','augs',method,'opt','fit')})
 
     of_batch = f'{batch} images' if world_size==1 else f'{world_size} processes x {bs} images'
@@ -257,9 +258,9 @@ def common_recipe(
     r.put('dls', 'drop_last', True, 'the loss and batch norm need whole batches')
 
     r.put('encoder', 'pretrained', False, 'random weights: the encoder learns from these images only')
-    if tiny: why = f'images of {size} px are smaller than 64 px: the stem for ImageNet would shrink them to a point'
-    else: why = f'images of {size} px are at least 64 px: the stem for ImageNet fits'
-    r.put('encoder', 'small_images', tiny, why)
+    if tiny: why = 'are smaller than 128 px: the stem for ImageNet would shrink their crops to a point'
+    else: why = 'are at least 128 px: the stem for ImageNet fits'
+    r.put('encoder', 'small_images', tiny, f'images of {size} px {why}')
     if tiny:
         why = 'a small network learns sooner when its residual branches do not start at zero'
         r.put('encoder', 'zero_init_last', False, why)
@@ -279,7 +280,8 @@ def common_recipe(
 def _put_crops(r, size, few, tiny):
     "Crops that show enough of an image of `size` pixels"
     def share(px, least, most): return round(min(most, max(least, (px/size)**2)), 2)
-    large = min(size, 224)
+    reduced = _is_reduced(size)
+    large = round(3/8*size) if reduced else min(size, 224)
     ratio,ratio_text = (5/8,'5/8') if large<128 else (3/7,'3/7')
     small = max(1, round(large*ratio))
     lo,lo_small = share(18, .14, .6),share(11, .05, .35)
@@ -288,7 +290,9 @@ def _put_crops(r, size, few, tiny):
     n_small,why = (4,'four') if tiny else (6,'six, as in the paper,')
     r.put('augs', 'num_crops', (2,n_small), f'two large crops, and {why} small ones, which cost little')
     at_most = ', at most 224' if size>224 else ''
-    r.put('augs', 'crop_sizes', (large,small), f'the {size} px of the images{at_most}, and {ratio_text} of that')
+    of_image = f"{'3/8 of ' if reduced else ''}the {size} px of the images{at_most}"
+    r.put('augs', 'crop_sizes', (large,small), f'{of_image}, and {ratio_text} of that')
+    if reduced: r.put('features', 'size', round(size/16)*8, 'whole images show things about as large as crops do')
     r.put('augs', 'min_scales', (lo,lo_small),
           f'a large crop shows at least {px_large} of {size} px across, a small one at least {px_small}')
     r.put('augs', 'max_scales', (1.,hi_small),
@@ -296,7 +300,7 @@ def _put_crops(r, size, few, tiny):
     r.put('augs', 'flip_p', 0.5, 'a mirrored image shows the same thing; use 0 for text, digits and the like')
     why = "half the paper's strength: with few images, strong jitter hurts" if few else "as in the paper"
     r.put('augs', 'jitter_s', 0.5 if few else 1., why)
-    r.put('augs', 'blur', not tiny, f'images of {size} px have no detail to lose' if tiny else
+    r.put('augs', 'blur', not tiny, f'crops of {large} px have no detail to lose' if tiny else
           f'up to {2*large/224:.2g} px, in proportion to the crop')
     if not tiny:
         strongest = max(.1, round(2*large/224, 2))
@@ -323,9 +327,10 @@ def swav_recipe(
     batch = bs*world_size
     size = _shorter_side(image_size)
     if 5000<=n_images<100_000 and 24<=size<64: _put_measured(r, n_images, size, batch)
-    if _shorter_side(image_size)<24:
-        why = f'two large crops alone: a part of an image of {_shorter_side(image_size)} px shows too little'
+    if size<24 or _is_reduced(size):
+        why = f'two large crops alone: a part of an image of {size} px shows too little'
         r.put('augs', 'num_crops', (2,0), f'{why}, and takes half of the time')
+    if _is_reduced(size): _put_faster(r, batch)
     longest_queue = min(15*batch, round_down((n_images-1)//4, batch))
     if n_protos is None:
         wanted,why = _wanted_protos(n_images, n_classes)
@@ -357,7 +362,7 @@ def swav_recipe(
 
 def _put_measured(r, n_images, size, batch):
     "What was better than the rules of all methods in as much time: see `benchmarks/levers.py`"
-    r.put('augs', 'jitter_s', 1., 'as in the paper: half of it was worse on 10,000 images of Fashion-MNIST')
+    r.put('augs', 'gamma', True, 'a power of the brightness beside the jitter was better than twice the jitter')
     why = 'two large crops alone: four small ones cost as much again, and twice the steps are worth more'
     r.put('augs', 'num_crops', (2,0), why)
     n_epoch = 2*r['fit']['n_epoch']
@@ -367,6 +372,10 @@ def _put_measured(r, n_images, size, batch):
     r.put('augs', 'crop_sizes', sizes, f'5/7 and 1/2 of the {size} px of the images: '
           f'half the pixels to compute, and whole images at {size} px show things as large as these crops do')
     r.put('features', 'size', size, 'whole images keep their size when features are extracted')
+    _put_faster(r, batch)
+
+def _put_faster(r, batch):
+    "Twice the learning rate of all methods"
     lr = _round_lr(2e-3*(batch/64)**.5)
     r.put('fit', 'lr', lr, f'0.002 for a batch of 64 with Adam, times the square root of {batch}/64')
 

@@ -1,5 +1,5 @@
 "The augmentation against torchvision, Pillow and kornia, on the same images"
-import copy, math, pickle
+import copy, math, pickle, random
 
 import kornia.augmentation as K
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -9,6 +9,7 @@ from fastai.vision.augment import Normalize
 from fastai.vision.core import imagenet_stats
 from fasttransform import Pipeline, Transform
 from hypothesis import strategies as st
+from kornia.enhance import adjust_gamma
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -107,7 +108,7 @@ def summary(y):
 
 jitters = dict(brightness=(.8,0,0,0), contrast=(0,.8,0,0), saturation=(0,0,.8,0))
 
-@pytest.mark.parametrize('op', [*jitters, 'gray', 'blur'])
+@pytest.mark.parametrize('op', [*jitters, 'gray', 'blur', 'gamma'])
 def test_effect(op, photos):
     "The pictures have torchvision's distribution of brightness, contrast, colorfulness and sharpness"
     x = F.interpolate(photos[:1,:,:,:256], (32,32), mode='bilinear', antialias=True)
@@ -118,6 +119,9 @@ def test_effect(op, photos):
     if op=='gray': ours,theirs = FusedAugment(32, **kw|dict(bw_p=.2)),T.RandomGrayscale(.2)
     if op=='blur':
         ours,theirs = FusedAugment(32, **kw|dict(blur_p=.5)),T.RandomApply([T.GaussianBlur(23, (.1,2.))], p=.5)
+    if op=='gamma':
+        ours = FusedAugment(32, **kw, gamma_p=.8, gamma_range=(.4,2.5))
+        theirs = T.RandomApply([lambda x: TF.adjust_gamma(x, random.uniform(.4, 2.5))], p=.8)
     set_seed(0)
     a = summary(ours(x.expand(n_draws,-1,-1,-1)))
     b = summary(torch.cat([theirs(x) for _ in range(n_draws)]))
@@ -310,6 +314,32 @@ def test_switches_keep_boxes(photos):
     set_seed(0); b = FusedAugment(32, **off).draw(photos.shape, 5)
     assert torch.equal(a['box'], b['box'])
 
+@pytest.mark.parametrize('c', [1,3,5])
+def test_gamma(c, photos):
+    "It comes before colors and normalization, with each crop's own power; black and white stay"
+    x = torch.cat([photos]*2, 1)[:,:c]
+    kw = dict(rotate_p=.5) | (dict(jitter_p=0., bw_p=0.) if c==5 else {})
+    aug = FusedAugment(40, **kw, gamma_p=.8)
+    set_seed(0)
+    p = aug.draw(x.shape, 3)
+    assert (p['gamma']!=1).any() and ((.4<=p['gamma']) & (p['gamma']<=2.5)).all()
+    cut = FusedAugment(40, **kw | dict(jitter_p=0., bw_p=0.))(x, params={k: v for k,v in p.items() if k!='gamma'} |
+                                                               dict(gamma=torch.ones(6)))
+    want = torch.empty(6, c, 40, 40)
+    table = aug._table(p, c)
+    aug._paint(adjust_gamma(cut, p['gamma'].float()), table[:,8:], want)
+    # a power, and a product with colors whose factors reach 1.8**3
+    assert torch.allclose(aug(x, params=p), want, rtol=0, atol=rounding(torch.float32, 8, 1.8**3))
+    ends = torch.cat([torch.zeros(2, c, 30, 30), torch.ones(2, c, 30, 30)])
+    y = FusedAugment(16, **kw | dict(rotate_p=0., jitter_p=0., bw_p=0.), gamma_p=1.)(ends)
+    assert (y[:2]==0).all() and torch.allclose(y[2:], torch.ones(()), rtol=0, atol=resize_rounding(30))
+
+def test_crops_without_gamma_are_as_before(photos):
+    "No number of the generator is spent on it"
+    set_seed(0); a = [FusedAugment(16).sample(photos, 2) for _ in range(2)]
+    set_seed(0); b = [FusedAugment(16, gamma_p=0., gamma_range=(.1,9.)).sample(photos, 2) for _ in range(2)]
+    assert all(torch.equal(o,p) for x,y in zip(a,b) for o,p in zip(x,y))
+
 def test_many_images_do_not_mix(photos):
     "Row v*B+b comes from image b, across the blocks that a processor works in"
     x = torch.linspace(0, 1, 40)[:,None,None,None].expand(40,3,40,50)
@@ -459,15 +489,15 @@ def test_no_synchronization(c):
     # the parameters are drawn on the CPU even where the default device is another
     with FakeTensorMode(), torch.device('cuda'), NoWait():
         x = torch.rand(8, c, 64, 80)
-        pipes = get_swav_aug_pipelines(crop_sizes=(32,16), rotate=True, stats=((.5,)*c,(.2,)*c))
+        pipes = get_swav_aug_pipelines(crop_sizes=(32,16), rotate=True, gamma=True, stats=((.5,)*c,(.2,)*c))
         y = MultiCrop(pipes).cut(x)
         assert [tuple(o.shape) for o in y]==[(8,c,32,32)]*2 + [(8,c,16,16)]*6 and all(o.device.type=='cuda' for o in y)
 
 @fuzz(60, b=st.integers(0,3), c=st.sampled_from([1,3]), h=st.integers(1,40), w=st.integers(1,40),
       size=st.integers(1,40), n=st.integers(1,3),
-       lo=st.floats(.01,1), same=st.booleans(), rotate=st.booleans())
-def test_any_shape(b, c, h, w, size, n, lo, same, rotate):
-    aug = FusedAugment(size, (lo,1.), rotate_p=.5*rotate, same_on_batch=same)
+       lo=st.floats(.01,1), same=st.booleans(), rotate=st.booleans(), gamma=st.booleans())
+def test_any_shape(b, c, h, w, size, n, lo, same, rotate, gamma):
+    aug = FusedAugment(size, (lo,1.), rotate_p=.5*rotate, same_on_batch=same, gamma_p=.5*gamma)
     x = torch.rand(b,c,h,w)
     ys = aug.sample(x, n)
     assert len(ys)==n
@@ -489,6 +519,7 @@ def test_any_shape(b, c, h, w, size, n, lo, same, rotate):
     (dict(jitter_p=None),'jitter_p'),
     (dict(bw_p='x'),'bw_p'), (dict(blur_p=float('nan')),'blur_p'), (dict(rotate_deg=-5),'rotate_deg'),
     (dict(jitter_s=-1),'jitter_s'), (dict(jitter_s=3),'jitter_s'),
+    (dict(gamma_p=2),'gamma_p'), (dict(gamma_range=(0,1)),'gamma_range'), (dict(gamma_range=(2,1)),'gamma_range'),
     (dict(stats=(.5,.5)),'stats'), (dict(stats=((.5,),(0.,))),'stats'), (dict(stats=((.5,.5),(.1,))),'stats'),
     (dict(stats='imagenet'),'stats')])
 def test_bad_arguments(kw, words):

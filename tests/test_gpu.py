@@ -96,17 +96,18 @@ def test_queue():
     assert torch.equal(queue.features.cpu(), want.features) and queue.full
 
 # --- crops ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize('c,size,rotate', [(3,64,0.), (1,16,0.), (3,33,.5)])
-def test_crops_are_the_cpus(c, size, rotate):
+@pytest.mark.parametrize('c,size,rotate,gamma', [(3,64,0.,0.), (1,16,0.,.8), (3,33,.5,0.)])
+def test_crops_are_the_cpus(c, size, rotate, gamma):
     "The same parameters give the same crops"
     x = torch.rand(8, c, 80, 100)
-    aug = FusedAugment(size, rotate_p=rotate, stats=([.5]*c, [.25]*c))
+    aug = FusedAugment(size, rotate_p=rotate, stats=([.5]*c, [.25]*c), gamma_p=gamma, gamma_range=(1.,2.5))
     params = aug.draw(x.shape, 2)
     want,got = aug(x, params=copy.deepcopy(params)),aug(x.to(device), params=params)
     assert got.device.type==device.type
     # a pixel is two weighted sums of at most 100 pixels, a blur's of 33, and a product with colors whose factors reach
     # 1.8**3 and 1/std; a rotation reads at coordinates that are rounded, and a pixel's neighbor can be 1 away
-    size = 1.8**3/.25*(1 if rotate==0 else 100)
+    # a power of a number below 1 has a slope of at most 2.5
+    size = 1.8**3/.25*(1 if rotate==0 else 100)*(1 if gamma==0 else 2.5)
     torch.testing.assert_close(got.cpu(), want, rtol=0, atol=rounding(f32, 300, size))
 
 def test_multi_crop():

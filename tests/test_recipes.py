@@ -29,12 +29,16 @@ def test_rules_hold_for_any_data(args):
     assert r['swav']['queue_start_pct']>=.2 and 0<r['swav']['freeze_protos_pct']<=.5
     large,small = r['augs']['crop_sizes']
     assert 0<small<large<=min(size, 224)
-    if size>=64: assert small>=32              # the stride of most networks
-    smaller = 5000<=n<100_000 and 24<=size<64  # crops of fewer pixels than the images, whose size features keep
-    assert (large<min(size, 224))==smaller==('features' in r) and (not smaller or r['features']['size']==size)
-    assert (r['augs']['num_crops'][1]==0)==(smaller or size<24)
+    if size>=128: assert small>=32             # the stride of most networks
     if size>=16: assert small>=8               # the stride of small_images
-    assert r['encoder']['small_images']==(size<64)
+    measured = 5000<=n<100_000 and 24<=size<64 # crops of fewer pixels than the images, whose size features keep
+    reduced = 64<=size<128                     # and those that are looked at in about half of their size
+    assert (large<min(size, 224))==(measured or reduced)==('features' in r)
+    if measured: assert r['features']['size']==size
+    if reduced: assert large<=r['features']['size']<size and r['features']['size']%8==0  # whole patches of a ViT
+    assert (r['augs']['num_crops'][1]==0)==(measured or reduced or size<24)
+    assert ('gamma' in r['augs'])==measured
+    assert r['encoder']['small_images']==(size<128)
     SWAV(get_swav_aug_pipelines(**r['augs']), **r['swav'])   # every setting is one that they accept
     assert {f'{g}.{k}' for g,d in r.items() for k in d}==set(r.reasons) and all(r.reasons.values())
 
