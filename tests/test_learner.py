@@ -250,3 +250,18 @@ def test_features_are_meant_for_whole_images(tmp_path):
         learn = swav_learner(dls, 'resnet18', encoder=small, n_protos=12, **given)
         assert learn.recipe['augs']['crop_sizes']==given.get('crop_sizes', (20,14))
         assert encoder_settings(save_encoder(learn, tmp_path/'e.safetensors'))['size']==size
+
+@pytest.mark.parametrize('arch,given,sizes,features', [
+    ('resnet18', {}, (24,15), 32), ('vit_tiny_patch16_224', {}, (24,16), 32),  # strides of 8 and 4 px
+    ('resnet18', dict(small_images=False), (64,40), None), ('vgg11', {}, (64,40), None),  # strides of 32 px
+    ('resnet18', dict(small_images=False, crop_sizes=(24,16)), (24,16), 32)])
+def test_smaller_crops_of_images_of_64_px_only_where_the_encoder_sees_them(arch, given, sizes, features):
+    x = torch.randint(0, 255, (40,3,64,64), dtype=torch.uint8)
+    dls = tensor_dls(x, torch.zeros(40, dtype=torch.long), ['a'], bs=8, device='cpu')
+    with warnings.catch_warnings():
+        if 'crop_sizes' in given: warnings.simplefilter('ignore')  # that it disappoints
+        learn = swav_learner(dls, arch, n_protos=8, **given)
+    r = learn.recipe
+    assert r['augs']['crop_sizes']==sizes and r['augs']['num_crops']==(2,0)
+    assert r.get('features', {}).get('size')==features
+    assert [tuple(o.shape[-2:]) for o in learn.swav.cut(learn.dls.one_batch()[0])]==[(sizes[0],)*2]*2
