@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import matplotlib.pyplot as plt, torch
 from fastai.callback import schedule  # noqa: F401  it patches Learner
 from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
@@ -290,6 +290,22 @@ def report(out, sets, seeds, lengths):
         texts += [f'{data}: {titles[data]}', table(out, data, s, seeds, lengths)]
     return '\n\n'.join(texts)
 
+def curves(out, sets, seeds, lengths):
+    "20-NN over seconds, a picture for each data set and a line for each training"
+    fig,axs = plt.subplots(1, len(sets), figsize=(5.5*len(sets),3.6), squeeze=False)
+    for ax,(data,s) in zip(axs[0], sets.items()):
+        for color,arm in zip(('C0','C1','C2'), arms):
+            found = [r for n in lengths for i in range(seeds) if (r := pretrained(out, data, s, arm, i, n, todo=False))]
+            for k,r in enumerate(found):
+                ax.plot([o['cpu'] for o in r['points']], [100*o['among'] for o in r['points']], '.-', color=color, lw=1,
+                        label=arm if k==0 else None)
+        ax.set(title=data, xlabel='CPU seconds of training', ylabel='20-NN among training images, %')
+        if ax.lines: ax.legend(frameon=False)
+        ax.spines[['top','right']].set_visible(False)
+    fig.tight_layout()
+    return fig
+
+picture = here.parent/'docs'/'images'/'clock.png'
 begin,end = '<!-- clock: written by `python benchmarks/clock.py --write` -->','<!-- clock: end -->'
 
 def main(argv=None):
@@ -311,7 +327,12 @@ def main(argv=None):
                   args.minutes)
     text = report(out, sets, max(args.seeds)+1, lengths)
     print(text)
-    if args.write: write_between(here/'README.md', begin, end, f'{made_on()}\n\n{text}')
+    if args.write:
+        with_curve = {k: s for k,s in sets.items() if any(rows(out, k, s, 1, lengths))}
+        if with_curve: curves(out, with_curve, max(args.seeds)+1, lengths).savefig(picture, dpi=80)
+        alt = 'Accuracy over seconds of training, a line for each training of this package and of lightly'
+        link = f'![{alt}](../docs/images/{picture.name})'
+        write_between(here/'README.md', begin, end, f'{made_on()}\n\n{link}\n\n{text}')
     return text
 
 if __name__=='__main__': main()

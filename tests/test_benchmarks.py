@@ -152,6 +152,8 @@ def test_clock_gives_a_row_for_each_arm_once(tmp_path, monkeypatch):
         assert 0<len(r['points'])<=4 and r['points'][-1]['cpu']<=r['cpu'] and r['epochs']>0
     monkeypatch.setattr(clock, 'Watch', None)  # nothing can be trained any more
     assert clock.main(again)==clock.main([*again,'--table'])==text
+    ax, = clock.curves(tmp_path/'quick', clock.quick, 1, [.004]).axes
+    assert [o.get_label() for o in ax.lines]==list(clock.arms)
 
 def test_a_watch_ends_after_its_time_and_keeps_the_best(monkeypatch):
     "Each look at the clock takes a quarter of a second; the second of four measurements is the best"
