@@ -305,7 +305,7 @@ def curves(out, sets, seeds, lengths):
     fig.tight_layout()
     return fig
 
-picture = here.parent/'docs'/'images'/'clock.png'
+picture = here/'clock.png'
 begin,end = '<!-- clock: written by `python benchmarks/clock.py --write` -->','<!-- clock: end -->'
 
 def main(argv=None):
@@ -331,7 +331,7 @@ def main(argv=None):
         with_curve = {k: s for k,s in sets.items() if any(rows(out, k, s, 1, lengths))}
         if with_curve: curves(out, with_curve, max(args.seeds)+1, lengths).savefig(picture, dpi=80)
         alt = 'Accuracy over seconds of training, a line for each training of this package and of lightly'
-        link = f'![{alt}](../docs/images/{picture.name})'
+        link = f'![{alt}]({picture.name})'
         write_between(here/'README.md', begin, end, f'{made_on()}\n\n{link}\n\n{text}')
     return text
 
