@@ -8,6 +8,7 @@ from .contrastive import *
 from .stats import *
 from .whitening import *
 from .knn import *
+from .spread import *
 from .recipes import *
 from .machine import *
 from .encoders import *
@@ -73,7 +74,7 @@ __all__ = [
     'save_encoder', 'load_encoder', 'load_weights', 'load_whitening', 'encoder_settings', 'create_from_settings',
     'extract_features', 'Whitening', 'nearest_neighbors', 'near_duplicates',
     'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
-    'few_label_idxs', 'few_label_splits', 'few_label_learner', 'NoValidation', 'evaluate_run', 'compare_encoders',
+    'few_label_idxs', 'few_label_splits', 'spread_probe', 'few_label_learner', 'NoValidation', 'evaluate_run', 'compare_encoders',
     'folder_features', 'embed_images', 'group_images', 'sort_images', 'explore_page',
     'explore_images', 'select_to_label', 'select_images', 'finetune_labels', 'predict_images']
 

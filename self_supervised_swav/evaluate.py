@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['extract_features', 'knn_accuracy', 'LinearProbe', 'linear_probe', 'few_label_idxs', 'few_label_splits',
-           'EncoderWithHead', 'encoder_head_split', 'NoValidation', 'normalized', 'few_label_learner', 'largest_share',
-           'KNNMetric']
+           'spread_probe', 'EncoderWithHead', 'encoder_head_split', 'NoValidation', 'normalized', 'few_label_learner',
+           'largest_share', 'KNNMetric']
 
 # %% ../nbs/32_evaluate.ipynb #3e6aace9
 import copy, math, os, tempfile
@@ -34,7 +34,8 @@ from .monitor import EpochColumns
 from .models import in_eval
 from .precision import to_channels_last
 from .randomness import own_randomness
-from .whitening import as_whitening
+from .spread import spread_labels
+from .whitening import Whitening, as_whitening
 
 # %% ../nbs/32_evaluate.ipynb #f8c42ab4
 def _normalizes(dl): return any(isinstance(f, Normalize) for f in getattr(getattr(dl, 'after_batch', None), 'fs', []))
@@ -313,6 +314,32 @@ def few_label_splits(
     bs = len(idxs)//math.ceil(len(idxs)/dls.train.bs)
     train = dls.train.new(dataset=subset(ds, idxs), n=len(idxs), bs=bs, shuffle=True, drop_last=True)
     return DataLoaders(train, *dls.loaders[1:], path=dls.path, device=dls.device)
+
+# %% ../nbs/32_evaluate.ipynb #5b8eae02
+def spread_probe(
+    train, # (features, targets) of all images, a target of -1 where the class is not known
+    valid, # (features, targets) to predict
+    k:int=20, # Neighbors of each image
+    alpha:float=0.9, # Share of its belief that an image takes from its neighbors
+    C:float|None=None # Weight of the errors against that of the penalty (default: 50/n)
+)->LinearProbe: # top1, top5 (shares of `valid`), weight, bias
+    """Accuracy of a linear classifier that was fitted to few labels, spread over images without any
+
+    Labels that are given are kept. A `ValueError` names what `spread_labels` and `linear_probe` do not allow.
+
+        y = torch.full_like(targets, -1); y[few] = targets[few]
+        spread_probe((features,y), valid).top1
+    """
+    (x,y),(xv,yv) = _check_labeled('train', train),_check_labeled('valid', valid)
+    layer = Whitening.fit(x)
+    z,n_classes = layer(x),int(max(y.max(), yv.max()))+1
+    beliefs = spread_labels(z, y, n_classes, k=k, alpha=alpha)
+    guess = torch.where(y<0, beliefs.argmax(1), y)
+    told = beliefs.amax(1)>beliefs.amin(1)  # something has arrived
+    probe = linear_probe((z[told],guess[told]), (layer(xv),yv), C=50/len(z) if C is None else C)
+    weight = probe.weight.double()@layer.weight.double()
+    bias = probe.bias-weight@layer.mean.double()
+    return probe._replace(weight=weight.float(), bias=bias.float())
 
 # %% ../nbs/32_evaluate.ipynb #322e4854
 class EncoderWithHead(nn.Module):

@@ -22,16 +22,18 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from .args import FinetuneArgs, PredictArgs
+from .args import FinetuneArgs, PredictArgs, finetune_ways
 from .augment import get_batch_augs
 from .checkpoints import (encoder_settings, find_encoder, load_encoder, reading_settings,
                                               save_encoder)
-from .data import image_block, resize
+from .data import find_images, image_block, image_dls, list_images, resize
 from .embed import features_for, folder_features
-from .evaluate import NoValidation, few_label_learner, linear_probe
+from .evaluate import NoValidation, few_label_learner, linear_probe, spread_probe
 from .files import atomic_path, check_writable, read_json, write_json
 from .images import csv_name, write_csv
 from .machine import n_cores
+from .models import in_eval
+from .precision import to_channels_last
 from .select import read_labels, relative_names
 
 # %% ../nbs/44_finetune.ipynb #44f10006
@@ -69,10 +71,24 @@ def _label_folds(y, groups, n, seed):
 def _probe_scores(x, y, valid, C, n_classes):
     "Scores of `valid` by a probe on `x`, and its weight and bias; a class that is not in `y` is very unlikely"
     probe = linear_probe((x,y), (valid,valid.new_zeros(len(valid), dtype=torch.long)), C=C)
-    weight,bias = x.new_zeros(n_classes, x.shape[1]),x.new_full((n_classes,), -30.)
+    weight,bias = _all_classes(probe, n_classes)
+    return F.linear(valid, weight, bias),weight,bias
+
+def _all_classes(probe, n_classes):
+    "Weight and bias of a probe, with the classes that it has not seen"
+    weight,bias = probe.weight.new_zeros(n_classes, probe.weight.shape[1]),probe.bias.new_full((n_classes,), -30.)
     n = len(probe.bias)
     weight[:n],bias[:n] = probe.weight,probe.bias.clamp(min=-30.)
-    return F.linear(valid, weight, bias),weight,bias
+    return weight,bias
+
+def _spread_head(x, y, idxs, n_classes):
+    """Weight and bias of a probe on the labels `idxs`, spread over the images without labels
+
+    `x` are the features of the labeled images, whose classes are `y`, and then of the others. What is labeled, but not
+    in `idxs`, takes no part."""
+    rows = torch.cat([x[:len(y)][idxs], x[len(y):]])
+    targets = torch.cat([y[idxs], y.new_full((len(x)-len(y),), -1)])
+    return _all_classes(spread_probe((rows,targets), (x[:1],y[:1])), n_classes)
 
 def _best_penalty(x, y, groups, n_classes, seed, folds=5):
     parts = _label_folds(y, groups, min(folds, _fewest(y, groups)), seed) if _fewest(y, groups)>1 else []
@@ -108,22 +124,23 @@ def _mirrors(run):
     p = _setting_of_run(run, 'recipe', 'augs', 'flip_p')
     return .5 if p is None else p
 
-_max_bytes = 2**30  # of images that are kept in memory
+_max_bytes = 2**30  # of images of a kind that are kept in memory
 
 class _Tuner:
     "Fine-tunes copies of an encoder on image files"
-    def __init__(self, args, files, y, vocab):
+    def __init__(self, args, files, y, vocab, root):
         path = find_encoder(args.run)
         settings = encoder_settings(path)
         self.args,self.path,self.files,self.vocab,self.y = args,path,files,vocab,y
-        self.stats,reading = settings.get('stats'),reading_settings(settings)
-        self.n_in = reading['n_in']
+        self.stats,self.reading = settings.get('stats'),reading_settings(settings)
+        self.n_in = self.reading['n_in']
         self.size = (settings.get('size') or 224,)*2
-        self.block = image_block(min_size=self.size, targets=True, **reading)
+        self.block = image_block(min_size=self.size, targets=True, **self.reading)
         self.device = default_device() if args.device is None else torch.device(args.device)
         self.images = self._open_all()
         n_steps = math.ceil(len(files)/min(args.bs, len(files)))
         self.epochs = args.epochs or max(10, min(60, round(400/n_steps)))
+        self.unlabeled,self.whole = self._others(root),None
 
     def _open_all(self):
         "The images, no larger than they must be to be cropped; None where they would fill the memory"
@@ -136,6 +153,30 @@ class _Tuner:
             size = max(w, round(scale*image.width)),max(h, round(scale*image.height))
             return type(image)(image.resize(size, Image.Resampling.BILINEAR))
         with ThreadPoolExecutor(min(16, n_cores())) as pool: return list(pool.map(opened, self.files))
+
+    def _others(self, root):
+        "Images of the folder without labels, that fit into memory"
+        most = min(self.args.n_unlabeled, _max_bytes//(2*self.n_in*self.size[0]*self.size[1]))
+        if not most or 'spread' not in ' '.join(finetune_ways[self.args.method]): return []
+        labeled = {f.resolve() for f in self.files}
+        others = [f for f in list_images(root) if f.resolve() not in labeled]
+        gen = torch.Generator().manual_seed(self.args.seed)
+        drawn = [others[i] for i in torch.randperm(len(others), generator=gen)[:most].sort().values.tolist()]
+        return drawn and find_images(drawn, 'decode', skip_bad=True, window=self.reading['window'], n_in=self.n_in)
+
+    def features(self, encoder):
+        "Of the labeled images and then of those without labels, whole"
+        if self.whole is None:
+            files = [*self.files,*self.unlabeled]
+            dls = image_dls(files, (range(len(files)),[]), size=self.size, bs=min(self.args.bs, len(files)),
+                            num_workers=self.args.num_workers, device=self.device, **self.reading)
+            loader = dls.train.new(shuffle=False, drop_last=False)
+            self.whole = torch.cat([b[0].as_subclass(torch.Tensor).half().cpu() for b in loader])
+        mean,std = (torch.tensor(o, device=self.device).view(-1,1,1) for o in self.stats or ([0.],[1.]))
+        encoder = to_channels_last(encoder.to(self.device))
+        with in_eval(encoder), torch.no_grad():
+            return torch.cat([encoder((b.to(self.device).float()-mean)/std).float().cpu()
+                              for b in self.whole.split(self.args.bs)])
 
     def dls(self, train, valid=(), from_files=False, **kwargs):
         "DataLoaders of the labeled files with these numbers; `from_files`: that can be pickled"
@@ -182,7 +223,7 @@ def _as_linear(head):
 # %% ../nbs/44_finetune.ipynb #44f10012
 class LabeledFiles(NamedTuple):
     "Image files with classes, and which of them were labeled together"
-    files:list; y:torch.Tensor; groups:np.ndarray; vocab:list
+    files:list; y:torch.Tensor; groups:np.ndarray; vocab:list; root:Path
 
 def labeled_files(
     path, # CSV file with the columns file and class
@@ -210,7 +251,7 @@ def labeled_files(
     if few := [c for c,n in sizes.items() if n<2]:
         raise ValueError("each class needs at least 2 images that were labeled on their own, one to learn from and "
                          f"one to test with; too few: {', '.join(map(csv_name, few))}")
-    return LabeledFiles([root/n for n in names], y, groups, vocab)
+    return LabeledFiles([root/n for n in names], y, groups, vocab, root)
 
 class Classifier(NamedTuple):
     "How good each way is, by cross-validation, and which one was kept"
@@ -233,12 +274,12 @@ class Classifier(NamedTuple):
                  f'({self.folds}-fold cross-validation, 95 % intervals):']
         for way,k in self.accuracies.items():
             lo,hi = self.interval(way)
-            lines.append(f"  {way:12} {k/self.n:6.1%}  ({lo:.1%} to {hi:.1%}){'  kept' if way==self.kept else ''}")
+            lines.append(f"  {way:15} {k/self.n:6.1%}  ({lo:.1%} to {hi:.1%}){'  kept' if way==self.kept else ''}")
         lines.append(f'  always {self.largest[0]!r}: {self.largest[1]:.1%}')
         if len(self.accuracies)>1:
             lo,hi = self.interval()
             lines.append(f'The classifier: {self.accuracy:.1%} ({lo:.1%} to {hi:.1%}), each part counted with the way '
-                         'that is better on the other parts: the better of two on the same images would flatter.')
+                         'that is best on the other parts: the best of several on the same images would flatter.')
         return '\n'.join(lines)
 
 def finetune_labels(
@@ -263,14 +304,24 @@ def finetune_labels(
     place = {Path(f).resolve(): i for i,f in enumerate(files)}
     x,y,n_classes = x[[place[f.resolve()] for f in data.files]],data.y,len(data.vocab)
     folds = _label_folds(y, data.groups, min(args.folds, _fewest(y, data.groups)), args.seed)
-    tuner = _Tuner(args, data.files, y, data.vocab)
-    scores = {way: torch.zeros(len(y), n_classes) for way in ('probe','finetune') if args.method in (way,'both')}
+    tuner = _Tuner(args, data.files, y, data.vocab, data.root)
+    ways = [o for o in finetune_ways[args.method] if tuner.unlabeled or 'spread' not in o]
+    if not ways:
+        raise ValueError(f"method {args.method!r} needs images without labels, there are none in {data.root} "
+                         f"(n_unlabeled={args.n_unlabeled})")
+    scores = {way: torch.zeros(len(y), n_classes) for way in ways}
+    own = tuner.features(load_encoder(tuner.path)) if 'spread' in scores else None
     for i,(a,b) in enumerate(folds):
         if 'probe' in scores:
             C = _best_penalty(x[a], y[a], data.groups[a], n_classes, args.seed)
             scores['probe'][b] = _probe_scores(x[a], y[a], x[b], C, n_classes)[0]
-        if 'finetune' in scores:
-            scores['finetune'][b] = tuner.scores(tuner.fit(a.tolist(), b.tolist(), args.seed+i))
+        if 'spread' in scores: scores['spread'][b] = F.linear(own[b], *_spread_head(own, y, a, n_classes))
+        if not any('finetune' in way for way in scores): continue
+        learn = tuner.fit(a.tolist(), b.tolist(), args.seed+i)
+        if 'finetune' in scores: scores['finetune'][b] = tuner.scores(learn)
+        if 'finetune+spread' in scores:
+            tuned = tuner.features(learn.model.encoder)
+            scores['finetune+spread'][b] = F.linear(tuned[b], *_spread_head(tuned, y, a, n_classes))
     right = {way: [int((s[b].argmax(1)==y[b]).sum()) for _,b in folds] for way,s in scores.items()}
     kept,chosen = count_chosen(right)
     top,n_top = Counter(y.tolist()).most_common(1)[0]
@@ -286,9 +337,14 @@ def _write_classifier(out, args, tuner, data, x, kept, temperature, result):
         C = _best_penalty(x, data.y, data.groups, len(data.vocab), args.seed)
         _,weight,bias = _probe_scores(x, data.y, x[:1], C, len(data.vocab))
         encoder = load_encoder(tuner.path)
+    elif kept=='spread':
+        encoder = load_encoder(tuner.path)
+        weight,bias = _spread_head(tuner.features(encoder), data.y, everything, len(data.vocab))
     else:
         learn = tuner.fit(everything, [], args.seed)
         encoder,(weight,bias) = learn.model.encoder.eval(),_as_linear(learn.model.head)
+        if kept=='finetune+spread':
+            weight,bias = _spread_head(tuner.features(encoder), data.y, everything, len(data.vocab))
     weight,bias = weight/temperature,bias/temperature
     head = nn.Linear(weight.shape[1], len(bias))
     head.weight.data,head.bias.data = weight.clone(),bias.clone()

@@ -42,7 +42,7 @@ def finetune(photos, out, **kwargs):
     return finetune_labels(root/'encoder.safetensors', root/'labels.csv', out, folder=str(root/'images'), folds=3,
                            **quick|kwargs)
 
-@pytest.mark.parametrize('method', ['probe','finetune'])
+@pytest.mark.parametrize('method', ['probe','spread','finetune','finetune+spread'])
 def test_whole_way(photos, tmp_path, method):
     "The accuracy is that of images not learned from; predictions, export and files agree"
     root,rows = photos
@@ -86,12 +86,13 @@ def test_large_images_are_shrunk(photos, tmp_path):
     Image.fromarray(np.zeros((90,60,3), np.uint8)).save(tmp_path/'a.png')
     args = FinetuneArgs(str(root/'encoder.safetensors'), 'labels.csv', out='c', **quick)
     tuner = finetune_module._Tuner(args, [tmp_path/'a.png', root/'images'/'b'/'000.png'], torch.tensor([0,1]),
-                                   ['a','b'])
+                                   ['a','b'], tmp_path)
+    assert not tuner.unlabeled  # there is no other image
     assert [o.size for o in tuner.images]==[(16,24),(16,16)]
 
 def test_better_one_is_kept(photos, tmp_path):
     result = finetune(photos, tmp_path/'c', epochs=2)
-    assert set(result.accuracies)=={'probe','finetune'}
+    assert list(result.accuracies)==['probe','spread','finetune','finetune+spread']
     assert result.accuracies[result.kept]==max(result.accuracies.values())
     # the accuracy that is told is that of the choice, which no part made for itself
     told = json.loads((tmp_path/'c'/'classifier.json').read_text())
@@ -99,6 +100,42 @@ def test_better_one_is_kept(photos, tmp_path):
     assert 0<=result.chosen<=result.accuracies[result.kept]
     assert f'The classifier: {result.accuracy:.1%}' in str(result)
     assert f"always {result.largest[0]!r}" in str(result) and result.largest[1]>=1/3
+
+def test_images_without_labels(photos, tmp_path, monkeypatch):
+    "Those of the folder that have none, readable, no more than asked for; without any there are two ways"
+    root,rows = photos
+    def others(**kwargs):
+        args = FinetuneArgs(str(root/'encoder.safetensors'), 'labels.csv', out='c', **quick|kwargs)
+        data = labeled_files(root/'labels.csv', root/'images')
+        return finetune_module._Tuner(args, data.files, data.y, data.vocab, data.root).unlabeled
+    unlabeled = sorted(root/'images'/n for n in list(rows)[45:])
+    assert sorted(others())==unlabeled and len(others(n_unlabeled=7))==7 and set(others(n_unlabeled=7))<set(unlabeled)
+    assert others(n_unlabeled=7)==others(n_unlabeled=7)!=others(n_unlabeled=7, seed=1)
+    assert others(method='both')==others(method='probe')==others(n_unlabeled=0)==[]
+    monkeypatch.setattr(finetune_module, '_max_bytes', 2*16*16*5)
+    assert len(others())==5
+    monkeypatch.undo()
+    bad = root/'images'/'bad.png'
+    bad.write_bytes(b'no image')
+    with pytest.warns(UserWarning, match='bad.png'): assert sorted(others())==unlabeled
+    bad.unlink()
+    result = finetune(photos, tmp_path/'c', epochs=2, n_unlabeled=0)
+    assert list(result.accuracies)==['probe','finetune']
+    with pytest.raises(ValueError, match='images without labels, there are none'):
+        finetune(photos, tmp_path/'d', method='spread', n_unlabeled=0)
+    assert not (tmp_path/'d').exists()
+
+def test_held_out_images_take_no_part():
+    "The features of a labeled image that is tested change nothing in the head"
+    gen = torch.Generator().manual_seed(0)
+    y = torch.arange(12)%3
+    x = 6*torch.eye(4)[torch.arange(60)%3]+torch.randn(60, 4, generator=gen)
+    idxs = np.arange(9)
+    weight,bias = finetune_module._spread_head(x, y, idxs, 4)
+    x[9:12] = 1e6
+    other = finetune_module._spread_head(x, y, idxs, 4)
+    assert torch.equal(weight, other[0]) and torch.equal(bias, other[1])
+    assert bias[3]==-30 and (torch.nn.functional.linear(x[12:], weight, bias).argmax(1)==torch.arange(12, 60)%3).all()
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=2, max_size=4))
 def test_no_part_chooses_for_itself(right):
