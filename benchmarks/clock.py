@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt, torch
+import matplotlib.pyplot as plt, torch, torch.nn.functional as F
 from fastai.callback import schedule  # noqa: F401  it patches Learner
 from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
@@ -21,11 +21,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, write_between
-from quality import Watch as Stopwatch, Crops, LightlyModel, few_probe, fmt, piece, quiet, tuned, version
+from quality import (Watch as Stopwatch, Crops, LightlyModel, accuracy_of, few_probe, fmt, piece, quiet, tuned_learner,
+                     version)
 from selection import clipart
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, subset
 from self_supervised_swav.encoders import create_encoder
-from self_supervised_swav.evaluate import NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe
+from self_supervised_swav.evaluate import (NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe,
+                                           spread_probe)
 from self_supervised_swav.learner import swav_learner
 from self_supervised_swav.recipes import swav_recipe
 from self_supervised_swav.whitening import Whitening
@@ -63,7 +65,12 @@ def new_encoder(s, seed):
     return create_encoder('resnet18', n_in=s.n_in, layers=(1,1,1,1), channels=s.channels, **own)
 
 def features(encoder, dl, s): return extract_features(Normalized(encoder, s.n_in), dl, progress=False)
-def pixels(dl): return extract_features(nn.Flatten(), dl, progress=False)
+
+class Pixels(nn.Module):
+    "Colors of an image as they are, of a large one as its thumbnail of 16x16"
+    def forward(self, x): return (F.adaptive_avg_pool2d(x, 16) if x.shape[-1]>32 else x).flatten(1)
+
+def pixels(dl): return extract_features(Pixels(), dl, progress=False)
 
 def among(fs):
     "20-NN of one half of the training images, drawn once, among the other: what everything is chosen by"
@@ -237,12 +244,19 @@ def measured(out, data, s, arm, seed, length, todo=True):
                  probe=linear_probe(train, valid).top1)
         for n,epochs in zip(*s.labels):
             idxs = few_idxs(train[1], n, seed)
+            some = torch.full_like(train[1], -1)
+            some[idxs] = train[1][idxs]
             r[f'probe {n}'] = few_probe((train[0][idxs],train[1][idxs]), valid, seed)
+            r[f'spread {n}'] = spread_probe((train[0],some), valid).top1
             if encoder is None: continue
             set_seed(seed)
-            r[f'tuned {n}'] = tuned(Normalized(encoder, s.n_in), with_labels(dls, idxs), epochs, arm in arms)
+            learn = tuned_learner(Normalized(encoder, s.n_in), with_labels(s.make(s, seed), idxs), epochs, arm in arms)
+            r[f'tuned {n}'] = accuracy_of(learn)
+            (x,_),tuned_valid = (extract_features(learn.model.encoder, dl, progress=False) for dl in dls)
+            r[f'both {n}'] = spread_probe((x,some), tuned_valid).top1
         return r
-    key = dict(base=base['key'], arm=arm, version=version(measured, few_probe, tuned, 'evaluate', 'whitening'))
+    key = dict(base=base['key'], arm=arm,
+               version=version(measured, few_probe, tuned_learner, Pixels, 'evaluate', 'spread', 'whitening'))
     return piece(out, file_name(data, arm, seed, length)+'-test', key, f if todo else None)
 
 def few_idxs(y, n, seed):
@@ -260,10 +274,8 @@ def with_labels(dls, idxs):
     return DataLoaders(train, *dls.loaders[1:], device=dls.device)
 
 # --- the tables -------------------------------------------------------------------------------------------------------
-def columns(s):
-    few = {f'{k} {n}': f"{n} labels a class: {dict(probe='probe', tuned='trained')[k]}" for n in s.labels[0]
-           for k in ('probe','tuned')}
-    return dict(knn='20-NN', white='20-NN, whitened', probe='linear probe', **few)
+whole = dict(knn='20-NN', white='20-NN, whitened', probe='linear probe on all labels')
+few_ways = dict(probe='probe', spread='spread', tuned='trained', both='trained, spread')
 
 def rows(out, data, s, seeds, lengths):
     "(name, length, results of the seeds) of what there is"
@@ -273,15 +285,16 @@ def rows(out, data, s, seeds, lengths):
         if rs: yield arm,length,rs
 
 def table(out, data, s, seeds, lengths):
-    "In Markdown, from the pieces that there are"
-    cols = columns(s)
-    lines = [['features',*cols.values(),'epochs','CPU','wall','seeds']]
+    "Two in Markdown, from the pieces that there are: with all labels and the costs, and with few"
+    few = {f'{k} {n}': f'{n} labels: {v}' for n in s.labels[0] for k,v in few_ways.items()}
+    tables = [[['features',*whole.values(),'epochs','CPU','wall','seeds']], [['features',*few.values()]]]
     for arm,length,rs in rows(out, data, s, seeds, lengths):
-        cells = [fmt([t[k] for _,t in rs]) if k in rs[0][1] else '' for k in cols]
+        def cells(cols): return [fmt([t[k] for _,t in rs]) if k in rs[0][1] else '' for k in cols]
+        name = f'{arm}, {length:g} x' if length else arm
         times = [f'{statistics.mean(b[k] for b,_ in rs):.0f}' if length else '' for k in ('epochs','cpu','wall')]
-        lines.append([f'{arm}, {length:g} x' if length else arm, *cells, times[0],
-                      *(f'{o} s' if o else '' for o in times[1:]), str(len(rs))])
-    return '\n'.join([line(lines[0]), line(['---']*len(lines[0])), *map(line, lines[1:])])
+        tables[0].append([name, *cells(whole), times[0], *(f'{o} s' if o else '' for o in times[1:]), str(len(rs))])
+        tables[1].append([name, *cells(few)])
+    return '\n\n'.join('\n'.join([line(t[0]), line(['---']*len(t[0])), *map(line, t[1:])]) for t in tables)
 
 def report(out, sets, seeds, lengths):
     b = budget(out, todo=False)

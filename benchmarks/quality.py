@@ -64,8 +64,8 @@ def few_probe(train, valid, seed):
     def score(C): return statistics.mean(linear_probe((x[a],y[a]), (x[b],y[b]), C=C).top1 for a,b in folds)
     return linear_probe(train, valid, C=max((1e-3,1e-2,1e-1,1.), key=score)).top1
 
-def tuned(encoder, dls, epochs, pretrained, bs=64):
-    "Accuracy of an encoder and a new head trained on few labels: head first, then all; all at once from scratch"
+def tuned_learner(encoder, dls, epochs, pretrained):
+    "An encoder and a new head, trained on few labels: head first, then all; all at once from scratch"
     aug = get_batch_augs(dls.train.one_batch()[0].shape[-1], jitter=False, bw=False, blur=False, resize_scale=(.5,1.),
                          stats=None)
     dls.train.after_batch.add(aug[0])
@@ -73,7 +73,9 @@ def tuned(encoder, dls, epochs, pretrained, bs=64):
     learn = quiet(few_label_learner(encoder, dls, pretrained=pretrained, cbs=NoValidation()).to_bf16())
     if pretrained: learn.fine_tune(epochs, base_lr=4e-3, freeze_epochs=epochs//4, lr_mult=4)
     else: learn.fit_one_cycle(epochs+epochs//4, 4e-3)
-    return accuracy_of(learn)
+    return learn
+
+def tuned(encoder, dls, epochs, pretrained): return accuracy_of(tuned_learner(encoder, dls, epochs, pretrained))
 
 def accuracy_of(learn):
     learn.model.eval()
@@ -168,7 +170,7 @@ modules = {'raw pixels': ['data'], 'untrained encoder': ['data','encoders'], 'th
 
 # read when they are imported: a file that changes during a run is not what runs
 sources = {o: (Path(self_supervised_swav.__file__).parent/f'{o}.py').read_text()
-           for o in {'evaluate', 'whitening', *sum(modules.values(), [])}}
+           for o in {'evaluate', 'spread', 'whitening', *sum(modules.values(), [])}}
 
 def version(*objects):
     "A hash of what functions and modules do: comments and docstrings do not count"
@@ -222,7 +224,7 @@ def few_labels(out, arm, s, seed, i, todo=True):
         set_seed(seed)
         return r|dict(tuned=tuned(encoder, dls, s['tune_epochs'][i], arm!='untrained encoder'))
     if base is None: return None
-    key = dict(s, base=base['key'], n=n, version=version(few_probe, tuned, 'evaluate'))
+    key = dict(s, base=base['key'], n=n, version=version(few_probe, tuned_learner, 'evaluate'))
     return piece(out, f'{arm}-{seed}-{n}', key, f if todo else None)
 
 def whitened(out, arm, s, seed, todo=True):
