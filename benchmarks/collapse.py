@@ -9,6 +9,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
 from sklearn.datasets import load_sample_images
 from harness import line
+from levers import clipart
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.evaluate import extract_features, knn_accuracy
 from self_supervised_swav.learner import swav_learner
@@ -28,6 +29,7 @@ small = dict(layers=(1,1,1,1))
 datasets = dict( # its DataLoaders, the widths of the encoder, epochs
     digits=(partial(digits_dls, size=16, valid_pct=.3), (16,32,64,128), 40),
     fashion=(partial(fashion_mnist_dls, n_train=10_000, n_valid=5_000, bs=64), (32,64,128,256), 2),
+    drawings=(lambda seed, device: clipart(64, seed), (32,64,128,256), 5),
     photos=(photo_dls, (32,64,128,256), 5))
 
 def accuracy(learn):
