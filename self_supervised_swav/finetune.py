@@ -157,7 +157,7 @@ class _Tuner:
     def _others(self, root):
         "Images of the folder without labels, that fit into memory"
         most = min(self.args.n_unlabeled, _max_bytes//(2*self.n_in*self.size[0]*self.size[1]))
-        if not most or 'spread' not in ' '.join(finetune_ways[self.args.method]): return []
+        if not most or not any('spread' in way for way in finetune_ways[self.args.method]): return []
         labeled = {f.resolve() for f in self.files}
         others = [f for f in list_images(root) if f.resolve() not in labeled]
         gen = torch.Generator().manual_seed(self.args.seed)
