@@ -41,9 +41,10 @@ def neighbor_graph(
     w = ((sims.double()-1)/temp).exp().clamp(min=1e-200).flatten()  # a common factor changes nothing
     i,j = torch.arange(n, device=w.device).repeat_interleave(k),idxs.flatten()
     both = torch.stack([torch.cat([i,j]), torch.cat([j,i])])
-    links = torch.sparse_coo_tensor(both, torch.cat([w,w]), (n,n)).coalesce()
+    links = torch.sparse_coo_tensor(both, torch.cat([w,w]), (n,n), check_invariants=True).coalesce()
     root,(i,j) = torch.sparse.sum(links, 1).to_dense().rsqrt(),links.indices()
-    return torch.sparse_coo_tensor(links.indices(), links.values()*(root[i]*root[j]), (n,n), is_coalesced=True)
+    return torch.sparse_coo_tensor(links.indices(), links.values()*(root[i]*root[j]), (n,n), is_coalesced=True,
+                                   check_invariants=True)
 
 def spread_labels(
     features, # (n,d) features of all images; neighbors are better in whitened ones

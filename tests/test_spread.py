@@ -1,4 +1,5 @@
 "Labels that spread: the limit of the rounds, beliefs that are shares, a probe that learns from images without labels"
+import subprocess, sys
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 
@@ -95,3 +96,9 @@ def test_given_labels_are_kept():
 def test_errors(change, error, match):
     x,y = crowds()
     with pytest.raises(error, match=match): spread_labels(**dict(features=x, labels=y)|change)
+
+def test_nothing_is_warned_of():
+    "torch warns once in a process of sparse tensors whose maker has not said whether to check them"
+    said = ('import torch; from self_supervised_swav.spread import spread_labels; '
+            'spread_labels(torch.eye(5), torch.tensor([0,1,-1,-1,-1]))')
+    subprocess.run([sys.executable,'-W','error','-c',said], check=True)

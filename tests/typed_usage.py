@@ -24,7 +24,7 @@ from self_supervised_swav.all import (
 from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.data import swav_dls
 from self_supervised_swav.encoders import create_encoder
-from self_supervised_swav.evaluate import extract_features, few_label_learner, knn_accuracy, linear_probe
+from self_supervised_swav.evaluate import extract_features, few_label_learner, knn_accuracy, linear_probe, spread_probe
 from self_supervised_swav.learner import swav_learner
 from self_supervised_swav.losses import swapped_loss
 from self_supervised_swav.machine import machine_info
@@ -51,6 +51,8 @@ def short_way(folder:str) -> dict:
     train, valid = (extract_features(learn, dl) for dl in dls)
     accuracy:float = knn_accuracy(train, valid)
     few_label_learner(learn, dls)
+    unlabeled:float = spread_probe(train, valid, k=10).top1
+    assert unlabeled<=1
     return machine_info() | dict(knn=f'{accuracy:.1%}', probe=str(linear_probe(train, valid).top1))
 
 def images() -> list[DataLoaders]:
