@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from self_supervised_swav.augment import get_batch_augs
 from self_supervised_swav.checkpoints import create_from_settings, encoder_settings, load_encoder
 from self_supervised_swav.data import random_split, tensor_dls
-from self_supervised_swav.evaluate import NoValidation, few_label_learner, largest_share, linear_probe
+from self_supervised_swav.evaluate import (NoValidation, extract_features, few_label_learner, largest_share,
+                                           linear_probe, normalized, spread_probe)
 from self_supervised_swav.finetune import wilson_interval
 from self_supervised_swav.images import read_image
 from self_supervised_swav.select import read_csv, read_labels, write_labels
@@ -70,12 +71,20 @@ def score(out, draws, epochs):
     assert len(right)==len(test[1])
     n = len(read_labels(out/'labels.csv')[0])
     settings = encoder_settings(out/'run/encoder.safetensors')
-    pixels,scratch,tuned = [],[],[]
+    sides = range(len(photos[0])),range(len(photos[0]), len(photos[0])+len(test[0]))
+    both = normalized(tensor_dls(torch.cat([photos[0],test[0]]), splits=sides, device='cpu'), settings.get('stats'))
+    encoder = load_encoder(out/'run/encoder.safetensors')
+    features,features_test = (extract_features(encoder, o, progress=False)[0] for o in both)
+    pixels,near,scratch,tuned,spread = [],[],[],[],[]
     for seed in range(draws):
         idxs = torch.randperm(len(photos[1]), generator=torch.Generator().manual_seed(seed))[:n]
         few = [o[idxs] for o in photos]
         flat = [(o.flatten(1)/255,y) for o,y in (few,test)]
         pixels.append(linear_probe(*flat, C=.1).top1)
+        known = torch.full_like(photos[1], -1)
+        known[idxs] = photos[1][idxs]
+        near.append(spread_probe((photos[0].flatten(1)/255,known), flat[1]).top1)
+        spread.append(spread_probe((features,known), (features_test,test[1])).top1)
         set_seed(seed)
         scratch.append(trained(create_from_settings(settings), False, few, test, epochs, settings.get('stats')))
         set_seed(seed)
@@ -87,8 +96,10 @@ def score(out, draws, epochs):
     rows = [(f'accuracy on {len(right)} held-out images', f'{n} labels'), ('---','---'),
             ('the commonest digit, always', f'{largest_share(test[1]):.1%}'),
             ('random labels, linear classifier on pixels', mean(pixels)),
+            ('random labels, spread between alike pixels', mean(near)),
             ('random labels, trained from scratch', mean(scratch)),
             ('random labels, pretrained and fine-tuned', mean(tuned)),
+            ('random labels, pretrained, spread between alike features', mean(spread)),
             ('**selected labels, pretrained, `swav finetune`**',
              f'**{sum(right)/len(right):.1%}** ({lo:.1%} to {hi:.1%})')]
     print('\n' + '\n'.join(f'| {a} | {b} |' for a,b in rows))
