@@ -313,9 +313,10 @@ def curves(out, sets, seeds, lengths):
                 ax.plot([o['cpu'] for o in r['points']], [100*o['among'] for o in r['points']], '.-', color=color, lw=1,
                         label=arm if k==0 else None)
         ax.set(title=data, xlabel='CPU seconds of training', ylabel='20-NN among training images, %')
-        if ax.lines: ax.legend(frameon=False)
         ax.spines[['top','right']].set_visible(False)
-    fig.tight_layout()
+    named = {o.get_label(): o for ax in axs[0] for o in ax.lines if not o.get_label().startswith('_')}
+    fig.tight_layout(rect=(0,.08,1,1))
+    fig.legend(named.values(), named, loc='lower center', ncols=len(named) or 1, frameon=False)
     return fig
 
 picture = here/'clock.png'
@@ -341,10 +342,10 @@ def main(argv=None):
     text = report(out, sets, max(args.seeds)+1, lengths)
     print(text)
     if args.write:
-        with_curve = {k: s for k,s in sets.items() if any(rows(out, k, s, 1, lengths))}
-        if with_curve: curves(out, with_curve, max(args.seeds)+1, lengths).savefig(picture, dpi=80)
+        beside = {k: s for k,s in sets.items() if any(r[0] in list(arms)[1:] for r in rows(out, k, s, 1, lengths))}
+        if beside: curves(out, beside, max(args.seeds)+1, lengths).savefig(picture, dpi=80)
         alt = 'Accuracy over seconds of training, a line for each training of this package and of lightly'
-        link = f'![{alt}]({picture.name})'
+        link = f'![{alt}]({picture.name})' if beside else ''
         write_between(here/'README.md', begin, end, f'{made_on()}\n\n{link}\n\n{text}')
     return text
 

@@ -122,6 +122,7 @@ def test_links_between_files_are_links_between_pages():
     assert of('[a](../21_swav.ipynb)')=='[a](../reference/swav.html)'
     assert of('[a](../../benchmarks/README.md#x)')=='[a](../benchmarks.html#x)'
     assert of('[a](nbs)')=='[a](../reference/index.html)'
+    assert of('![a](../../benchmarks/clock.png)')==of('![a](benchmarks/clock.png)')=='![a](../benchmarks/clock.png)'
     assert of('[a](../../LICENSE)')=='[a](../files/LICENSE)' and of('[a](https://b.c)')=='[a](https://b.c)'
 
 def test_title_and_line():

@@ -80,13 +80,15 @@ def relinked(text, source, page):
     "Links to files of the repository as links to their pages; to a file without a page, as its name"
     def change(part): return re.sub(r'(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s#]+)(#[^)\s]*)?\)', one, part)
     def one(m):
-        if m[1]: return m[0]
         for base in (PurePosixPath(source).parent, PurePosixPath('.')):
             target = posixpath.normpath((base/m[3]).as_posix())
+            if m[1]:
+                if target.startswith('benchmarks/'): return f'![{m[2]}]({"../"*page.count("/")}{target})'
+                continue
             if other := ('reference/index' if target=='nbs' else page_of(target)):
                 if (root/target).exists(): return f'[{m[2]}]({relative(page, other, (m[4] or "#")[1:])})'
             if (root/target).is_file(): return f'[{m[2]}]({"../"*page.count("/")}files/{target})'
-        return m[0] if (made/page).parent.joinpath(m[3]).exists() or m[3].endswith('.html') else m[2]
+        return m[0] if m[1] or (made/page).parent.joinpath(m[3]).exists() or m[3].endswith('.html') else m[2]
     return outside_code(text, change)
 
 # --- what a cell of exported code shows ------------------------------------------------------------------------------
@@ -350,6 +352,8 @@ def prepare():
     shutil.rmtree(made, ignore_errors=True)
     shutil.copytree(root/'docs', made, ignore=shutil.ignore_patterns(images.name))
     shutil.copytree(root/images, made/images.name)
+    (made/'benchmarks').mkdir()
+    for picture in (root/'benchmarks').glob('*.png'): shutil.copy(picture, made/'benchmarks')
     nbs = sources()
     where,said = own_names(nbs)
     links,pages = Links(where),[]
