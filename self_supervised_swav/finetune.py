@@ -327,10 +327,10 @@ def finetune_labels(
     top,n_top = Counter(y.tolist()).most_common(1)[0]
     result = Classifier({way: sum(v) for way,v in right.items()}, len(y), len(set(data.groups.tolist())),
                         (data.vocab[top],n_top/len(y)), kept, len(folds), chosen)
-    _write_classifier(out, args, tuner, data, x, kept, fit_temperature(scores[kept], y), result)
+    _write_classifier(out, args, tuner, data, x, own, kept, fit_temperature(scores[kept], y), result)
     return result
 
-def _write_classifier(out, args, tuner, data, x, kept, temperature, result):
+def _write_classifier(out, args, tuner, data, x, own, kept, temperature, result):
     "The kept way, trained on all labels"
     everything = list(range(len(data.y)))
     if kept=='probe':
@@ -339,7 +339,7 @@ def _write_classifier(out, args, tuner, data, x, kept, temperature, result):
         encoder = load_encoder(tuner.path)
     elif kept=='spread':
         encoder = load_encoder(tuner.path)
-        weight,bias = _spread_head(tuner.features(encoder), data.y, everything, len(data.vocab))
+        weight,bias = _spread_head(own, data.y, everything, len(data.vocab))
     else:
         learn = tuner.fit(everything, [], args.seed)
         encoder,(weight,bias) = learn.model.encoder.eval(),_as_linear(learn.model.head)
