@@ -28,6 +28,7 @@ from self_supervised_swav.data import digits_dls, fashion_mnist_dls, subset
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import (NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe,
                                            spread_probe)
+from self_supervised_swav.grid import grid_features
 from self_supervised_swav.learner import swav_learner
 from self_supervised_swav.recipes import swav_recipe
 from self_supervised_swav.whitening import Whitening
@@ -50,13 +51,15 @@ titles = {'Fashion-MNIST': '10,000 images without labels, 10,000 test images',
           'digits': '1,258 digits, scaled from 8 to 28 px, without labels, 539 test images'}
 
 class Normalized(nn.Module):
-    "An encoder of images in [0,1]"
-    def __init__(self, encoder, n_in):
+    "An encoder of images in [0,1], which it reads at `px` pixels"
+    def __init__(self, encoder, n_in, px=None):
         super().__init__()
-        self.encoder = encoder
+        self.encoder,self.px = encoder,px
         mean,std = imagenet_stats if n_in==3 else ([0.],[1.])  # as the recipe has it
         for k,v in (('mean',mean), ('std',std)): self.register_buffer(k, torch.tensor(v).view(-1,1,1), persistent=False)
-    def forward(self, x): return self.encoder((x-self.mean)/self.std)
+    def forward(self, x):
+        if self.px not in (None,x.shape[-1]): x = F.interpolate(x, size=(self.px,)*2, mode='bilinear', antialias=True)
+        return self.encoder((x-self.mean)/self.std)
 
 def new_encoder(s, seed):
     "The network that `swav_learner` makes of these widths"
@@ -64,7 +67,12 @@ def new_encoder(s, seed):
     own = swav_recipe(n_images=2, bs=2, image_size=s.size)['encoder']
     return create_encoder('resnet18', n_in=s.n_in, layers=(1,1,1,1), channels=s.channels, **own)
 
-def features(encoder, dl, s): return extract_features(Normalized(encoder, s.n_in), dl, progress=False)
+def read_px(arm, s):
+    "How large images are when features are read: what the recipe says; for lightly, whose crops are as large, wholly"
+    own = swav_recipe(n_images=2, bs=2, image_size=s.size).get('features', {})
+    return s.size if arm.startswith('lightly') else own.get('size', s.size)
+
+def features(encoder, dl, s, px=None): return extract_features(Normalized(encoder, s.n_in, px), dl, progress=False)
 
 class Pixels(nn.Module):
     "Colors of an image as they are, of a large one as its thumbnail of 16x16"
@@ -230,18 +238,23 @@ def pretrained(out, data, s, arm, seed, length, todo=True):
     return piece(out, path.stem, key, f if todo else None)
 
 def measured(out, data, s, arm, seed, length, todo=True):
-    "What the test images say: 20-NN, plain and whitened, a probe on all labels, and few labels"
+    """What the test images say: 20-NN, plain and whitened, of whole images and of the quarters of each; a probe on all
+    labels; and few labels"""
+    px = read_px(arm, s)
     base = pretrained(out, data, s, arm, seed, length, todo=False) if arm in arms else dict(key=[seed, list(s[1:])])
     if base is None: return None
     def f():
         dls,encoder = s.make(s, seed),None
         if arm!='raw pixels': encoder = new_encoder(s, seed)
         if arm in arms: encoder.load_state_dict(load_file(weights_file(out, data, arm, seed, length)))
-        def fs(dl): return pixels(dl) if encoder is None else features(encoder, dl, s)
+        def fs(dl): return pixels(dl) if encoder is None else features(encoder, dl, s, px)
         train,valid = map(fs, dls)
         r = dict(knn=knn_accuracy(train, valid), white=knn_accuracy(train, valid, whiten=True),
                  wholly=knn_accuracy(train, valid, whiten=Whitening.fit(train[0], shrink=0.)),
                  probe=linear_probe(train, valid).top1)
+        if encoder is not None:
+            with grid_features(encoder): quarters = [fs(dl) for dl in dls]
+            r |= {'knn 2x2': knn_accuracy(*quarters), 'white 2x2': knn_accuracy(*quarters, whiten=True)}
         for n,epochs in zip(*s.labels):
             idxs = few_idxs(train[1], n, seed)
             some = torch.full_like(train[1], -1)
@@ -250,13 +263,14 @@ def measured(out, data, s, arm, seed, length, todo=True):
             r[f'spread {n}'] = spread_probe((train[0],some), valid).top1
             if encoder is None: continue
             set_seed(seed)
-            learn = tuned_learner(Normalized(encoder, s.n_in), with_labels(s.make(s, seed), idxs), epochs, arm in arms)
+            labeled = with_labels(s.make(s, seed), idxs)
+            learn = tuned_learner(Normalized(encoder, s.n_in, px), labeled, epochs, arm in arms)
             r[f'tuned {n}'] = accuracy_of(learn)
             (x,_),tuned_valid = (extract_features(learn.model.encoder, dl, progress=False) for dl in dls)
             r[f'both {n}'] = spread_probe((x,some), tuned_valid).top1
         return r
-    key = dict(base=base['key'], arm=arm,
-               version=version(measured, few_probe, tuned_learner, Pixels, 'evaluate', 'spread', 'whitening'))
+    key = dict(base=base['key'], arm=arm, px=px,
+               version=version(measured, few_probe, tuned_learner, Pixels, 'evaluate', 'grid', 'spread', 'whitening'))
     return piece(out, file_name(data, arm, seed, length)+'-test', key, f if todo else None)
 
 def few_idxs(y, n, seed):
@@ -274,7 +288,8 @@ def with_labels(dls, idxs):
     return DataLoaders(train, *dls.loaders[1:], device=dls.device)
 
 # --- the tables -------------------------------------------------------------------------------------------------------
-whole = dict(knn='20-NN', white='20-NN, whitened', probe='linear probe on all labels')
+whole = {'knn': '20-NN', 'white': '20-NN, whitened', 'knn 2x2': '20-NN, 2x2', 'white 2x2': 'whitened, 2x2',
+         'probe': 'linear probe on all labels'}
 few_ways = dict(probe='probe', spread='spread', tuned='trained', both='trained, spread')
 
 def rows(out, data, s, seeds, lengths):

@@ -198,9 +198,13 @@ class EmbedArgs(ImageArgs):
     # (needs pyarrow)
     out:str = option('features.npy', short='o', metavar='FILE')
     whiten:bool = False # Write whitened features, in which similar images are found more often
+    # Write the features of the N x N cells of a grid over each image: similar images have the same things in the same
+    # places (not for transformers)
+    grid:int = option(1, metavar='N')
 
     def check(self):
         super().check()
+        check_least('grid', self.grid, 1)
         check_arg('out', self.out, lambda o: str(o).endswith(('.npy','.csv','.parquet')),
                   'a file that ends in .npy, .csv or .parquet')
 

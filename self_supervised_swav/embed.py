@@ -16,6 +16,7 @@ from .checkpoints import (encoder_settings, find_encoder, load_encoder, load_whi
                                               reading_settings)
 from .data import find_images, image_dls, list_images
 from .evaluate import extract_features, normalized
+from .grid import grid_features
 from .collectives import rank_here, world
 from .files import atomic_path, check_writable, file_digest
 from .images import escape_name, write_csv
@@ -34,6 +35,7 @@ def folder_features(
     device=None, # Device, such as 'cpu' (default: the GPU if there is one)
     whiten:bool=False, # Whitened as the encoder's file says, or else by these images
     follow_links:bool=False, # Take what symbolic links to places outside the folder lead to?
+    grid:int=1, # Features of the cells of a grid of so many by so many, see `grid_features`
     group=None # Process group whose ranks share the images: the first one gets all features, the others none
 )->tuple: # Features (n,d), float32 on the CPU, and the list of the n files
     """The features of all images in a folder, by the encoder of a run
@@ -50,28 +52,31 @@ def folder_features(
         raise ValueError(f"folder must be a folder of images, {folder} is none")
     settings = encoder_settings(path)
     reading = reading_settings(settings)
-    known = getattr(folder, 'is_checked', False) and reading['n_in'] in (1,3)
-    files = folder if known else find_images(folder, 'decode', skip_bad, follow_links, window=reading['window'],
-                                             n_in=reading['n_in'], group=group)
-    if not files: raise ValueError(f"no readable image in {folder}")
-    size = settings.get('size') or size_and_channels(files)[0]
-    device = default_device() if device is None else torch.device(device)
-    dls = image_dls(files, (range(len(files)),[]), size=size, bs=min(bs, len(files)), num_workers=num_workers,
-                    device=device, **reading)
-    loader = normalized(dls, settings.get('stats')).train
-    layer = load_whitening(path) if whiten else None
-    if whiten and layer is None:
-        warnings.warn(f"{path} has no whitening: it is fitted to these {len(files)} images, so features of other "
-                      "folders do not compare with these")
-    layer = layer or whiten
-    encoder = to_channels_last(load_encoder(path).to(device))
-    return extract_features(encoder, loader, progress=sys.stdout.isatty(), whiten=layer, group=group)[0],files
+    encoder = load_encoder(path)
+    with grid_features(encoder, grid):
+        known = getattr(folder, 'is_checked', False) and reading['n_in'] in (1,3)
+        files = folder if known else find_images(folder, 'decode', skip_bad, follow_links, window=reading['window'],
+                                                 n_in=reading['n_in'], group=group)
+        if not files: raise ValueError(f"no readable image in {folder}")
+        size = settings.get('size') or size_and_channels(files)[0]
+        device = default_device() if device is None else torch.device(device)
+        dls = image_dls(files, (range(len(files)),[]), size=size, bs=min(bs, len(files)), num_workers=num_workers,
+                        device=device, **reading)
+        loader = normalized(dls, settings.get('stats')).train
+        layer = load_whitening(path) if whiten and grid==1 else None
+        if whiten and layer is None:
+            of_what = '' if grid==1 else f' of a grid of {grid} x {grid}'
+            warnings.warn(f"{path} has no whitening{of_what}: it is fitted to these {len(files)} images, so features "
+                          "of other folders do not compare with these")
+        encoder = to_channels_last(encoder.to(device))
+        return extract_features(encoder, loader, progress=sys.stdout.isatty(), whiten=layer or whiten,
+                                group=group)[0],files
 
 def features_for(
     args, # `ImageArgs` of a command, with `run` and `folder`
     run=None, # Instead of its run
     folder=None, # Instead of its folder
-    **kwargs # `whiten` and `group` of `folder_features`
+    **kwargs # `whiten`, `grid` and `group` of `folder_features`
 )->tuple: # Features (n,d), float32 on the CPU, and the list of the n files
     "`folder_features` with the arguments of a command"
     return folder_features(run or args.run, folder or args.folder, args.bs, args.skip_bad, args.num_workers,
@@ -112,7 +117,7 @@ def embed_images(
     if (group := world()) is not None:
         check_alike('the same encoder', dict(encoder=file_digest(find_encoder(args.run))[:16]))
         check_same_files(folder, folder if in_shards else list_images(folder, args.follow_links))
-    x,files = features_for(args, folder=folder, whiten=args.whiten, group=group)
+    x,files = features_for(args, folder=folder, whiten=args.whiten, grid=args.grid, group=group)
     if rank_here(): return tuple(x.shape)
     if in_shards: names = folder.row_names([o.i for o in files])
     else: names = [f.relative_to(folder).as_posix() for f in files]
