@@ -15,26 +15,26 @@ def _pooling(encoder):
     "What pools the positions of the encoder's last map"
     found = [m for m in encoder.modules() if isinstance(m, SelectAdaptivePool2d) and hasattr(m.pool, 'output_size')]
     if found: return found[-1].pool
-    raise ValueError(f"n must be 1 for {encoder_name(encoder)}: it has no pooling over positions that could be a grid")
+    raise ValueError(f"grid must be 1 for {encoder_name(encoder)}: it has no pooling over positions that could be a grid")
 
 @contextmanager
 def grid_features(
     encoder, # A convolutional encoder of `create_encoder`, `load_encoder` or a Learner's model
-    n:int=2 # Cells in each direction, 1 to 32
+    grid:int=2 # Cells in each direction, 1 to 32
 ): # Nothing
-    """Within it, `encoder` gives the features (B,d,n,n) of the cells of a grid, flattened to (B,d*n*n)
+    """Within it, `encoder` gives the features (B,d,grid,grid) of the cells of a grid, flattened to (B,d*grid**2)
 
-    Where sides of the last map are no multiple of `n`, cells overlap; a map smaller than the grid repeats its
+    Where sides of the last map are no multiple of `grid`, cells overlap; a map smaller than the grid repeats its
     positions. A `ValueError` names an encoder that keeps no positions, such as a vision transformer.
 
         with grid_features(learn.model.encoder): features,targets = extract_features(learn, dls.valid, whiten=True)
     """
-    check_size('n', n, 32)
-    if n==1:
+    check_size('grid', grid, 32)
+    if grid==1:
         yield
         return
     pool = _pooling(encoder)
     before = pool.output_size
-    pool.output_size = n
+    pool.output_size = grid
     try: yield
     finally: pool.output_size = before
