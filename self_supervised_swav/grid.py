@@ -15,7 +15,7 @@ def _pooling(encoder):
     "What pools the positions of the encoder's last map"
     found = [m for m in encoder.modules() if isinstance(m, SelectAdaptivePool2d) and hasattr(m.pool, 'output_size')]
     if found: return found[-1].pool
-    raise ValueError(f"grid must be 1 for {encoder_name(encoder)}: it has no pooling over positions that could be a grid")
+    raise ValueError(f"grid must be 1 for {encoder_name(encoder)}: it has no pooling over positions")
 
 @contextmanager
 def grid_features(
