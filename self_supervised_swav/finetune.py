@@ -10,6 +10,7 @@ __all__ = ['wilson_interval', 'fit_temperature', 'count_chosen', 'LabeledFiles',
 import json, math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
@@ -68,14 +69,12 @@ def _label_folds(y, groups, n, seed):
     splits = StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(y, y, groups)
     return [(a,b) for a,b in splits if len(a) and len(b) and len(set(y[a].tolist()))>1]
 
-def _probe_scores(x, y, valid, C, n_classes):
-    "Scores of `valid` by a probe on `x`, and its weight and bias; a class that is not in `y` is very unlikely"
-    probe = linear_probe((x,y), (valid,valid.new_zeros(len(valid), dtype=torch.long)), C=C)
-    weight,bias = _all_classes(probe, n_classes)
-    return F.linear(valid, weight, bias),weight,bias
+def _probe_head(x, y, C, n_classes):
+    "Weight and bias of a probe on features `x` of the classes `y`"
+    return _all_classes(linear_probe((x,y), (x[:1],y[:1]), C=C), n_classes)
 
 def _all_classes(probe, n_classes):
-    "Weight and bias of a probe, with the classes that it has not seen"
+    "Weight and bias of a probe; a class that it has not seen is very unlikely"
     weight,bias = probe.weight.new_zeros(n_classes, probe.weight.shape[1]),probe.bias.new_full((n_classes,), -30.)
     n = len(probe.bias)
     weight[:n],bias[:n] = probe.weight,probe.bias.clamp(min=-30.)
@@ -92,8 +91,9 @@ def _spread_head(x, y, idxs, n_classes):
 
 def _best_penalty(x, y, groups, n_classes, seed, folds=5):
     parts = _label_folds(y, groups, min(folds, _fewest(y, groups)), seed) if _fewest(y, groups)>1 else []
-    def n_right(C): return sum((_probe_scores(x[a], y[a], x[b], C, n_classes)[0].argmax(1)==y[b]).sum().item()
-                               for a,b in parts)
+    def n_right(C):
+        return sum((F.linear(x[b], *_probe_head(x[a], y[a], C, n_classes)).argmax(1)==y[b]).sum().item()
+                   for a,b in parts)
     return max(_penalties, key=n_right) if parts else 1e-1
 
 def _fewest(y, groups):
@@ -126,40 +126,55 @@ def _mirrors(run):
 
 _max_bytes = 2**30  # of images of a kind that are kept in memory
 
-class _Tuner:
-    "Fine-tunes copies of an encoder on image files"
-    def __init__(self, args, files, y, vocab, root):
-        path = find_encoder(args.run)
-        settings = encoder_settings(path)
-        self.args,self.path,self.files,self.vocab,self.y = args,path,files,vocab,y
+class _Trained(NamedTuple):
+    "An encoder and a linear layer, and their scores of other images"
+    encoder:nn.Module; weight:torch.Tensor; bias:torch.Tensor; scores:torch.Tensor
+
+class _Trainer:
+    "Trains classifiers on some of the labeled images: linear ones on an encoder, and fine-tuned copies of it"
+    def __init__(self, args, data):
+        self.args,self.data,self.path = args,data,find_encoder(args.run)
+        settings = encoder_settings(self.path)
+        self.x = self._features_of_labeled()
+        self.encoder = load_encoder(self.path)
         self.stats,self.reading = settings.get('stats'),reading_settings(settings)
         self.n_in = self.reading['n_in']
         self.size = (settings.get('size') or 224,)*2
         self.block = image_block(min_size=self.size, targets=True, **self.reading)
         self.device = default_device() if args.device is None else torch.device(args.device)
         self.images = self._open_all()
-        n_steps = math.ceil(len(files)/min(args.bs, len(files)))
+        n_steps = math.ceil(len(data.files)/min(args.bs, len(data.files)))
         self.epochs = args.epochs or max(10, min(60, round(400/n_steps)))
-        self.unlabeled,self.whole = self._others(root),None
+        self.unlabeled,self.whole = self._others(),None
+        self.ways = [o for o in finetune_ways[args.method] if self.unlabeled or 'spread' not in o]
+        if not self.ways:
+            raise ValueError(f"method {args.method!r} needs images without labels, there are none in {data.root} "
+                             f"(n_unlabeled={args.n_unlabeled})")
+
+    def _features_of_labeled(self):
+        x,files = folder_features(self.args.run, self.data.files, self.args.bs, False, self.args.num_workers,
+                                  self.args.device)
+        place = {Path(f).resolve(): i for i,f in enumerate(files)}
+        return x[[place[f.resolve()] for f in self.data.files]]
 
     def _open_all(self):
         "The images, no larger than they must be to be cropped; None where they would fill the memory"
         h,w = self.size
-        if self.n_in not in (1,3) or len(self.files)*6*h*w>_max_bytes: return None
+        if self.n_in not in (1,3) or len(self.data.files)*6*h*w>_max_bytes: return None
         def opened(file):
             image = self.block.type_tfms[0](file)
             scale = max(w/image.width, h/image.height)
             if scale>=1: return image
             size = max(w, round(scale*image.width)),max(h, round(scale*image.height))
             return type(image)(image.resize(size, Image.Resampling.BILINEAR))
-        with ThreadPoolExecutor(min(16, n_cores())) as pool: return list(pool.map(opened, self.files))
+        with ThreadPoolExecutor(min(16, n_cores())) as pool: return list(pool.map(opened, self.data.files))
 
-    def _others(self, root):
+    def _others(self):
         "Images of the folder without labels, that fit into memory"
         most = min(self.args.n_unlabeled, _max_bytes//(2*self.n_in*self.size[0]*self.size[1]))
         if not most or not any('spread' in way for way in finetune_ways[self.args.method]): return []
-        labeled = {f.resolve() for f in self.files}
-        others = [f for f in list_images(root) if f.resolve() not in labeled]
+        labeled = {f.resolve() for f in self.data.files}
+        others = [f for f in list_images(self.data.root) if f.resolve() not in labeled]
         gen = torch.Generator().manual_seed(self.args.seed)
         drawn = [others[i] for i in torch.randperm(len(others), generator=gen)[:most].sort().values.tolist()]
         return drawn and find_images(drawn, 'decode', skip_bad=True, window=self.reading['window'], n_in=self.n_in)
@@ -167,7 +182,7 @@ class _Tuner:
     def features(self, encoder):
         "Of the labeled images and then of those without labels, whole"
         if self.whole is None:
-            files = [*self.files,*self.unlabeled]
+            files = [*self.data.files,*self.unlabeled]
             dls = image_dls(files, (range(len(files)),[]), size=self.size, bs=min(self.args.bs, len(files)),
                             num_workers=self.args.num_workers, device=self.device, **self.reading)
             loader = dls.train.new(shuffle=False, drop_last=False)
@@ -181,10 +196,10 @@ class _Tuner:
     def dls(self, train, valid=(), from_files=False, **kwargs):
         "DataLoaders of the labeled files with these numbers; `from_files`: that can be pickled"
         in_memory = self.images is not None and not from_files
-        items = self.images if in_memory else self.files
-        pairs = [(items[i],self.vocab[self.y[i]]) for i in [*train,*valid]]
+        items = self.images if in_memory else self.data.files
+        pairs = [(items[i],self.data.vocab[self.data.y[i]]) for i in [*train,*valid]]
         block = TransformBlock(batch_tfms=IntToFloatTensor) if in_memory else self.block
-        dblock = DataBlock((block,CategoryBlock(self.vocab)), getters=[ItemGetter(0),ItemGetter(1)],
+        dblock = DataBlock((block,CategoryBlock(self.data.vocab)), getters=[ItemGetter(0),ItemGetter(1)],
                            item_tfms=resize(self.n_in, self.size),
                            splitter=IndexSplitter(list(range(len(train), len(pairs)))))
         own = dict(bs=min(self.args.bs, len(train)), num_workers=0 if in_memory else self.args.num_workers,
@@ -213,6 +228,27 @@ class _Tuner:
         "Scores of the files held out"
         learn.model.eval()
         with torch.no_grad(): return torch.cat([learn.model(x).float().cpu() for x,_ in learn.dls.valid])
+
+    @cached_property
+    def own(self): return self.features(self.encoder)
+
+    def train(self, ways, train, valid, seed):
+        "Each way, trained on the labeled images with the numbers `train`, and its scores of those in `valid`"
+        x,(_,y,groups,vocab,_),done = self.x,self.data,{}
+        n = len(vocab)
+        def add(way, encoder, x, head): done[way] = _Trained(encoder, *head, F.linear(x[valid], *head))
+        if 'probe' in ways:
+            C = _best_penalty(x[train], y[train], groups[train], n, self.args.seed)
+            add('probe', self.encoder, x, _probe_head(x[train], y[train], C, n))
+        if 'spread' in ways: add('spread', self.encoder, self.own, _spread_head(self.own, y, train, n))
+        if not any('finetune' in way for way in ways): return done
+        learn = self.fit(train, valid, seed)
+        encoder = learn.model.encoder.eval()
+        if 'finetune' in ways: done['finetune'] = _Trained(encoder, *_as_linear(learn.model.head), self.scores(learn))
+        if 'finetune+spread' in ways:
+            x = self.features(encoder)
+            add('finetune+spread', encoder, x, _spread_head(x, y, train, n))
+        return done
 
 def _as_linear(head):
     "Batch norm and a linear layer as one linear layer: (weight, bias)"
@@ -300,63 +336,35 @@ def finetune_labels(
     if (out/'classifier.json').exists():
         raise FileExistsError(f"{out} holds a classifier already: choose another folder (out), or delete it")
     data = labeled_files(args.labels, args.folder, args.run)
-    x,files = folder_features(args.run, data.files, args.bs, False, args.num_workers, args.device)
-    place = {Path(f).resolve(): i for i,f in enumerate(files)}
-    x,y,n_classes = x[[place[f.resolve()] for f in data.files]],data.y,len(data.vocab)
+    trainer,y = _Trainer(args, data),data.y
     folds = _label_folds(y, data.groups, min(args.folds, _fewest(y, data.groups)), args.seed)
-    tuner = _Tuner(args, data.files, y, data.vocab, data.root)
-    ways = [o for o in finetune_ways[args.method] if tuner.unlabeled or 'spread' not in o]
-    if not ways:
-        raise ValueError(f"method {args.method!r} needs images without labels, there are none in {data.root} "
-                         f"(n_unlabeled={args.n_unlabeled})")
-    scores = {way: torch.zeros(len(y), n_classes) for way in ways}
-    own = tuner.features(load_encoder(tuner.path)) if 'spread' in scores else None
+    scores = {way: torch.zeros(len(y), len(data.vocab)) for way in trainer.ways}
     for i,(a,b) in enumerate(folds):
-        if 'probe' in scores:
-            C = _best_penalty(x[a], y[a], data.groups[a], n_classes, args.seed)
-            scores['probe'][b] = _probe_scores(x[a], y[a], x[b], C, n_classes)[0]
-        if 'spread' in scores: scores['spread'][b] = F.linear(own[b], *_spread_head(own, y, a, n_classes))
-        if not any('finetune' in way for way in scores): continue
-        learn = tuner.fit(a.tolist(), b.tolist(), args.seed+i)
-        if 'finetune' in scores: scores['finetune'][b] = tuner.scores(learn)
-        if 'finetune+spread' in scores:
-            tuned = tuner.features(learn.model.encoder)
-            scores['finetune+spread'][b] = F.linear(tuned[b], *_spread_head(tuned, y, a, n_classes))
+        for way,r in trainer.train(trainer.ways, a.tolist(), b.tolist(), args.seed+i).items(): scores[way][b] = r.scores
     right = {way: [int((s[b].argmax(1)==y[b]).sum()) for _,b in folds] for way,s in scores.items()}
     kept,chosen = count_chosen(right)
     top,n_top = Counter(y.tolist()).most_common(1)[0]
     result = Classifier({way: sum(v) for way,v in right.items()}, len(y), len(set(data.groups.tolist())),
                         (data.vocab[top],n_top/len(y)), kept, len(folds), chosen)
-    _write_classifier(out, args, tuner, data, x, own, kept, fit_temperature(scores[kept], y), result)
+    _write_classifier(out, trainer, fit_temperature(scores[kept], y), result)
     return result
 
-def _write_classifier(out, args, tuner, data, x, own, kept, temperature, result):
+def _write_classifier(out, trainer, temperature, result):
     "The kept way, trained on all labels"
-    everything = list(range(len(data.y)))
-    if kept=='probe':
-        C = _best_penalty(x, data.y, data.groups, len(data.vocab), args.seed)
-        _,weight,bias = _probe_scores(x, data.y, x[:1], C, len(data.vocab))
-        encoder = load_encoder(tuner.path)
-    elif kept=='spread':
-        encoder = load_encoder(tuner.path)
-        weight,bias = _spread_head(own, data.y, everything, len(data.vocab))
-    else:
-        learn = tuner.fit(everything, [], args.seed)
-        encoder,(weight,bias) = learn.model.encoder.eval(),_as_linear(learn.model.head)
-        if kept=='finetune+spread':
-            weight,bias = _spread_head(tuner.features(encoder), data.y, everything, len(data.vocab))
+    everything,vocab = list(range(len(trainer.data.y))),trainer.data.vocab
+    encoder,weight,bias,_ = trainer.train([result.kept], everything, [], trainer.args.seed)[result.kept]
     weight,bias = weight/temperature,bias/temperature
     head = nn.Linear(weight.shape[1], len(bias))
     head.weight.data,head.bias.data = weight.clone(),bias.clone()
     out.mkdir(parents=True, exist_ok=True)
-    known = {k: v for k,v in encoder_settings(tuner.path).items() if k in ('size','stats','window','background')}
+    known = {k: v for k,v in encoder_settings(trainer.path).items() if k in ('size','stats','window','background')}
     save_encoder(encoder, out/'encoder.safetensors', **known)
     with atomic_path(out/'head.safetensors') as p: save_file(dict(weight=weight.contiguous(), bias=bias), p)
-    plain = tuner.dls(everything, from_files=True, bs=2, num_workers=0)
-    learn = few_label_learner(encoder, plain, stats=tuner.stats, custom_head=head, pretrained=False)
+    plain = trainer.dls(everything, from_files=True, bs=2, num_workers=0)
+    learn = few_label_learner(encoder, plain, stats=trainer.stats, custom_head=head, pretrained=False)
     learn.model.eval()
     with atomic_path(out/'export.pkl') as p: learn.export(p.resolve())
-    write_json(dict(classes=data.vocab, method=kept, labels=len(data.y), accuracy=result.accuracy,
+    write_json(dict(classes=vocab, method=result.kept, labels=len(everything), accuracy=result.accuracy,
                     interval=list(result.interval()), largest_class=result.largest[1], temperature=temperature),
                out/'classifier.json')
 

@@ -85,10 +85,11 @@ def test_large_images_are_shrunk(photos, tmp_path):
     root,_ = photos
     Image.fromarray(np.zeros((90,60,3), np.uint8)).save(tmp_path/'a.png')
     args = FinetuneArgs(str(root/'encoder.safetensors'), 'labels.csv', out='c', **quick)
-    tuner = finetune_module._Tuner(args, [tmp_path/'a.png', root/'images'/'b'/'000.png'], torch.tensor([0,1]),
-                                   ['a','b'], tmp_path)
-    assert not tuner.unlabeled  # there is no other image
-    assert [o.size for o in tuner.images]==[(16,24),(16,16)]
+    two = finetune_module.LabeledFiles([tmp_path/'a.png', root/'images'/'b'/'000.png'], torch.tensor([0,1]),
+                                       np.arange(2), ['a','b'], tmp_path)
+    trainer = finetune_module._Trainer(args, two)
+    assert not trainer.unlabeled  # there is no other image
+    assert [o.size for o in trainer.images]==[(16,24),(16,16)]
 
 def test_better_one_is_kept(photos, tmp_path):
     result = finetune(photos, tmp_path/'c', epochs=2)
@@ -106,8 +107,7 @@ def test_images_without_labels(photos, tmp_path, monkeypatch):
     root,rows = photos
     def others(**kwargs):
         args = FinetuneArgs(str(root/'encoder.safetensors'), 'labels.csv', out='c', **quick|kwargs)
-        data = labeled_files(root/'labels.csv', root/'images')
-        return finetune_module._Tuner(args, data.files, data.y, data.vocab, data.root).unlabeled
+        return finetune_module._Trainer(args, labeled_files(root/'labels.csv', root/'images')).unlabeled
     unlabeled = sorted(root/'images'/n for n in list(rows)[45:])
     assert sorted(others())==unlabeled and len(others(n_unlabeled=7))==7 and set(others(n_unlabeled=7))<set(unlabeled)
     assert others(n_unlabeled=7)==others(n_unlabeled=7)!=others(n_unlabeled=7, seed=1)
