@@ -35,7 +35,9 @@ from .evaluate import *
 from .visualize import *
 from .report import *
 from .sources import *
+from .records import *
 from .runs import *
+from .replay import *
 from .compare import *
 from .published import *
 from .export import *

@@ -190,7 +190,7 @@ def embed(args):
 @command(ReplayArgs)
 def replay(args):
     "`swav replay`"
-    from self_supervised_swav.runs import replay_batch
+    from self_supervised_swav.replay import replay_batch
     found = replay_batch(args.file, args.device)
     print(f"not finite, in this order: {', '.join(found[:10])}{' ...' if len(found)>10 else ''}" if found else
           "everything is finite on this machine")

@@ -9,7 +9,7 @@ from self_supervised_swav.files import read_state
 from self_supervised_swav.images import read_image
 from self_supervised_swav.published import load_swav_checkpoint
 from self_supervised_swav.resume import fit_progress
-from self_supervised_swav.runs import replay_batch
+from self_supervised_swav.replay import replay_batch
 from self_supervised_swav.select import read_csv, read_labels
 
 class Planted:
