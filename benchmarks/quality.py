@@ -169,8 +169,7 @@ modules = {'raw pixels': ['data'], 'untrained encoder': ['data','encoders'], 'th
            'lightly': ['data','encoders']}
 
 # read when they are imported: a file that changes during a run is not what runs
-sources = {o: (Path(self_supervised_swav.__file__).parent/f'{o}.py').read_text()
-           for o in {'evaluate', 'grid', 'spread', 'whitening', *sum(modules.values(), [])}}
+sources = {o.stem: o.read_text(encoding='utf-8') for o in Path(self_supervised_swav.__file__).parent.glob('*.py')}
 
 def version(*objects):
     "A hash of what functions and modules do: comments and docstrings do not count"

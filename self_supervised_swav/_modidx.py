@@ -1039,6 +1039,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'self_supervised_swav/finetune.py'),
                                                'self_supervised_swav.finetune._Trainer.train': ( 'finetune.html#_trainer.train',
                                                                                                  'self_supervised_swav/finetune.py'),
+                                               'self_supervised_swav.finetune._Trainer.whole': ( 'finetune.html#_trainer.whole',
+                                                                                                 'self_supervised_swav/finetune.py'),
                                                'self_supervised_swav.finetune._all_classes': ( 'finetune.html#_all_classes',
                                                                                                'self_supervised_swav/finetune.py'),
                                                'self_supervised_swav.finetune._as_linear': ( 'finetune.html#_as_linear',

@@ -145,7 +145,7 @@ class _Trainer:
         self.images = self._open_all()
         n_steps = math.ceil(len(data.files)/min(args.bs, len(data.files)))
         self.epochs = args.epochs or max(10, min(60, round(400/n_steps)))
-        self.unlabeled,self.whole = self._others(),None
+        self.unlabeled = self._others()
         self.ways = [o for o in finetune_ways[args.method] if self.unlabeled or 'spread' not in o]
         if not self.ways:
             raise ValueError(f"method {args.method!r} needs images without labels, there are none in {data.root} "
@@ -179,14 +179,17 @@ class _Trainer:
         drawn = [others[i] for i in torch.randperm(len(others), generator=gen)[:most].sort().values.tolist()]
         return drawn and find_images(drawn, 'decode', skip_bad=True, window=self.reading['window'], n_in=self.n_in)
 
+    @cached_property
+    def whole(self):
+        "The labeled images and then those without labels"
+        files = [*self.data.files,*self.unlabeled]
+        dls = image_dls(files, (range(len(files)),[]), size=self.size, bs=min(self.args.bs, len(files)),
+                        num_workers=self.args.num_workers, device=self.device, **self.reading)
+        loader = dls.train.new(shuffle=False, drop_last=False)
+        return torch.cat([b[0].as_subclass(torch.Tensor).half().cpu() for b in loader])
+
     def features(self, encoder):
-        "Of the labeled images and then of those without labels, whole"
-        if self.whole is None:
-            files = [*self.data.files,*self.unlabeled]
-            dls = image_dls(files, (range(len(files)),[]), size=self.size, bs=min(self.args.bs, len(files)),
-                            num_workers=self.args.num_workers, device=self.device, **self.reading)
-            loader = dls.train.new(shuffle=False, drop_last=False)
-            self.whole = torch.cat([b[0].as_subclass(torch.Tensor).half().cpu() for b in loader])
+        "Of `whole`"
         mean,std = (torch.tensor(o, device=self.device).view(-1,1,1) for o in self.stats or ([0.],[1.]))
         encoder = to_channels_last(encoder.to(self.device))
         with in_eval(encoder), torch.no_grad():
