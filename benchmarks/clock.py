@@ -61,16 +61,18 @@ class Normalized(nn.Module):
         if self.px not in (None,x.shape[-1]): x = F.interpolate(x, size=(self.px,)*2, mode='bilinear', antialias=True)
         return self.encoder((x-self.mean)/self.std)
 
+def recipe_of(s): return swav_recipe(n_images=2, bs=2, image_size=s.size)
+
 def new_encoder(s, seed):
     "The network that `swav_learner` makes of these widths"
     set_seed(seed)
-    own = swav_recipe(n_images=2, bs=2, image_size=s.size)['encoder']
-    return create_encoder('resnet18', n_in=s.n_in, layers=(1,1,1,1), channels=s.channels, **own)
+    return create_encoder('resnet18', n_in=s.n_in, layers=(1,1,1,1), channels=s.channels, **recipe_of(s)['encoder'])
+
+def recipe_px(s): return recipe_of(s).get('features', {}).get('size', s.size)
 
 def read_px(arm, s):
     "How large images are when features are read: what the recipe says; for lightly, whose crops are as large, wholly"
-    own = swav_recipe(n_images=2, bs=2, image_size=s.size).get('features', {})
-    return s.size if arm.startswith('lightly') else own.get('size', s.size)
+    return s.size if arm.startswith('lightly') else recipe_px(s)
 
 def features(encoder, dl, s, px=None): return extract_features(Normalized(encoder, s.n_in, px), dl, progress=False)
 
@@ -90,9 +92,9 @@ def among(fs):
 # --- time -------------------------------------------------------------------------------------------------------------
 class Watch(Stopwatch):
     "Training time of one thread, loading included and measuring not; the accuracy at each quarter, the best encoder"
-    def __init__(self, encoder, dl, s, seconds, quarters=4):
+    def __init__(self, encoder, dl, s, seconds, px=None, quarters=4):
         super().__init__(encoder, dl)
-        self.s,self.seconds,self.marks,self.points,self.best = s,seconds,quarters,[],None
+        self.s,self.seconds,self.px,self.marks,self.points,self.best = s,seconds,px,quarters,[],None
     def step(self):
         "Call it after each step; says whether the time is over"
         if self.cpu+self.cpu_now()-self.c<self.seconds*(len(self.points)+1)/self.marks: return False
@@ -101,7 +103,7 @@ class Watch(Stopwatch):
         self.start()
         return len(self.points)>=self.marks
     def measure(self):
-        knn = among(features(self.encoder, self.dls, self.s))
+        knn = among(features(self.encoder, self.dls, self.s, self.px))
         if self.best is None or knn>=self.best[0]: self.best = knn,copy.deepcopy(self.encoder.state_dict())
         self.points.append(dict(cpu=self.cpu, wall=self.wall, among=knn))
 
@@ -157,7 +159,7 @@ def this_package(s, seed, seconds, **settings):
     n_epoch = max(1, int(seconds/secs/len(dls.train)))
     set_seed(seed)
     learn = our_learner(dls, s, **settings)
-    watch = Watch(learn.model.encoder, dls.train, s, seconds)
+    watch = Watch(learn.model.encoder, dls.train, s, seconds, recipe_px(s))
     learn.add_cb(FitWatch(watch))
     watch.start()
     learn.fit_one_cycle(n_epoch, learn.lr)

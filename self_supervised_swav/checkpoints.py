@@ -26,16 +26,23 @@ from .whitening import Whitening
 
 # %% ../nbs/13_checkpoints.ipynb #989b124c
 def encoder_of(
-    learn_or_encoder # A Learner, a model with an encoder, or the encoder itself
+    learn_or_encoder # A Learner, a model of an encoder and its head, or the encoder itself
 )->tuple: # The encoder, and the `MultiCrop` of the Learner's method if it has one
-    "The encoder in a Learner, in a model with one, or the module itself"
+    """The encoder in a Learner, or in a model that has a `projector` or a `head` behind it, or the module itself
+
+    A module that wraps an encoder, such as to prepare its images, is an encoder itself and is called as a whole. What
+    is no Learner and no Module raises a `TypeError`.
+    """
     o = learn_or_encoder
-    model,cbs = (o,()) if isinstance(o, nn.Module) else (getattr(o, 'model', None),getattr(o, 'cbs', ()))
+    alone = isinstance(o, nn.Module)
+    model,cbs = (o,()) if alone else (getattr(o, 'model', None),getattr(o, 'cbs', ()))
     if not isinstance(model, nn.Module):
         raise TypeError(f"learn_or_encoder must be a Learner or a Module, got {type(o).__name__}")
     model = get_model(model)
     pipelines = next((vars(c)['aug_pipelines'] for c in cbs if 'aug_pipelines' in vars(c)), None)
-    return getattr(model, 'encoder', model),None if pipelines is None else MultiCrop(pipelines)
+    has_more = not alone or hasattr(model, 'projector') or hasattr(model, 'head')
+    encoder = getattr(model, 'encoder', model) if has_more else model
+    return encoder,None if pipelines is None else MultiCrop(pipelines)
 
 # %% ../nbs/13_checkpoints.ipynb #58a787df
 def _is_json(o):
@@ -58,7 +65,7 @@ def _own_settings(encoder, views):
 _whitening = 'whitening:'  # what its tensors are called in a file; no module has a colon in its name
 
 def save_encoder(
-    learn_or_encoder, # A Learner, a model with an encoder, or the encoder itself
+    learn_or_encoder, # A Learner, a model of an encoder and its head, or the encoder itself
     path, # File to write, whole or not at all
     whitening:Whitening|None=None, # Of its features, to be kept with it
     **settings # More for the file, in types of JSON

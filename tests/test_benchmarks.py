@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
+from fastai.vision.core import imagenet_stats
 from helpers import rounding
 
 folder = Path(__file__).parent.parent/'benchmarks'
@@ -171,6 +172,15 @@ def test_a_watch_ends_after_its_time_and_keeps_the_best(monkeypatch):
     assert [o['among'] for o in watch.points]==[.5,.8,.6,.7]
     assert [o['cpu'] for o in watch.points]==pytest.approx([1.25,2.25,3.25,4.25])  # one more look each
     assert watch.best[0]==.8 and watch.best[1]['weight'].item()==1
+
+def test_an_encoder_reads_images_normalized_and_at_its_size():
+    seen = []
+    class Encoder(torch.nn.Module):
+        def forward(self, x): return seen.append(x) or x.flatten(1)
+    white = torch.utils.data.DataLoader(torch.ones(4, 3, 16, 16), batch_size=4)
+    clock.features(Encoder(), white, clock.datasets['clip art'], 8)
+    mean,std = (torch.tensor(o).view(-1, 1, 1) for o in imagenet_stats)
+    torch.testing.assert_close(seen[0], ((1-mean)/std).expand(4, 3, 8, 8))
 
 def test_few_of_classes_that_have_fewer():
     y = torch.tensor([0]*5+[1]*2+[2]*9)
