@@ -30,6 +30,7 @@ from self_supervised_swav.evaluate import (NoValidation, extract_features, few_l
                                            spread_probe)
 from self_supervised_swav.grid import grid_features
 from self_supervised_swav.learner import swav_learner
+from self_supervised_swav.precision import to_channels_last
 from self_supervised_swav.recipes import swav_recipe
 from self_supervised_swav.whitening import Whitening
 
@@ -74,7 +75,9 @@ def read_px(arm, s):
     "How large images are when features are read: what the recipe says; for lightly, whose crops are as large, wholly"
     return s.size if arm.startswith('lightly') else recipe_px(s)
 
-def features(encoder, dl, s, px=None): return extract_features(Normalized(encoder, s.n_in, px), dl, progress=False)
+def features(encoder, dl, s, px=None):
+    net = to_channels_last(Normalized(copy.deepcopy(encoder), s.n_in, px))  # a copy: how the arm trains stays its own
+    return extract_features(net, dl, progress=False)
 
 class Pixels(nn.Module):
     "Colors of an image as they are, of a large one as its thumbnail of 16x16"
