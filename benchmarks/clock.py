@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, write_between
-from quality import (Watch as Stopwatch, Crops, LightlyModel, accuracy_of, few_probe, fmt, piece, quiet, tuned_learner,
-                     version)
+from quality import (Watch as Stopwatch, Crops, LightlyModel, accuracy_of, few_probe, fmt, piece, quiet, reader,
+                     tuned_learner, version)
 from selection import clipart
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, subset
 from self_supervised_swav.encoders import create_encoder
@@ -51,17 +51,6 @@ titles = {'Fashion-MNIST': '10,000 images without labels, 10,000 test images',
           'clip art': '5,958 drawings of 64 px in 22 folders without labels, 2,034 test images',
           'digits': '1,258 digits, scaled from 8 to 28 px, without labels, 539 test images'}
 
-class Normalized(nn.Module):
-    "An encoder of images in [0,1], which it reads at `px` pixels"
-    def __init__(self, encoder, n_in, px=None):
-        super().__init__()
-        self.encoder,self.px = encoder,px
-        mean,std = imagenet_stats if n_in==3 else ([0.],[1.])  # as the recipe has it
-        for k,v in (('mean',mean), ('std',std)): self.register_buffer(k, torch.tensor(v).view(-1,1,1), persistent=False)
-    def forward(self, x):
-        if self.px not in (None,x.shape[-1]): x = F.interpolate(x, size=(self.px,)*2, mode='bilinear', antialias=True)
-        return self.encoder((x-self.mean)/self.std)
-
 def recipe_of(s): return swav_recipe(n_images=2, bs=2, image_size=s.size)
 
 def new_encoder(s, seed):
@@ -76,7 +65,7 @@ def read_px(arm, s):
     return s.size if arm.startswith('lightly') else recipe_px(s)
 
 def features(encoder, dl, s, px=None):
-    net = to_channels_last(Normalized(copy.deepcopy(encoder), s.n_in, px))  # a copy: how the arm trains stays its own
+    net = to_channels_last(reader(copy.deepcopy(encoder), s.n_in, px))  # a copy: how the arm trains stays its own
     return extract_features(net, dl, progress=False)
 
 class Pixels(nn.Module):
@@ -269,7 +258,7 @@ def measured(out, data, s, arm, seed, length, todo=True):
             if encoder is None: continue
             set_seed(seed)
             labeled = with_labels(s.make(s, seed), idxs)
-            learn = tuned_learner(Normalized(encoder, s.n_in, px), labeled, epochs, arm in arms)
+            learn = tuned_learner(reader(encoder, s.n_in, px), labeled, epochs, arm in arms)
             r[f'tuned {n}'] = accuracy_of(learn)
             (x,_),tuned_valid = (extract_features(learn.model.encoder, dl, progress=False) for dl in dls)
             r[f'both {n}'] = spread_probe((x,some), tuned_valid).top1

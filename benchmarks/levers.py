@@ -21,6 +21,7 @@ from torch import nn
 from harness import line
 from selection import drawings
 from self_supervised_swav.augment import BatchAugment
+from self_supervised_swav.compare import AsTrained
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe
@@ -198,16 +199,9 @@ def few_probe(train, valid, n, seed):
     (x,y),idxs = train,few_label_idxs(train[1], n, seed=seed)
     return linear_probe((x[idxs],y[idxs]), valid, C=.01).top1
 
-class AtSize(nn.Module):
-    "An encoder of images that are scaled to `size` first"
-    def __init__(self, inner, size):
-        super().__init__()
-        self.inner,self.size = inner,(size,size)
-    def forward(self, x): return self.inner(F.interpolate(x, size=self.size, mode='bilinear', antialias=True))
-
-def measure(dls, encoder):
+def measure(dls, learn_or_encoder):
     "20-NN, whitened 20-NN, probes with 10 labels (mean of five draws) and 60 labels of each class (of two)"
-    train,valid = (extract_features(nn.Flatten() if encoder is None else encoder, dl, progress=False) for dl in dls)
+    train,valid = (extract_features(learn_or_encoder, dl, progress=False) for dl in dls)
     few = dict(ten=statistics.mean(few_probe(train, valid, 10, s) for s in range(5)),
                sixty=statistics.mean(few_probe(train, valid, 60, s) for s in range(2))) if len(train[1])>5000 else {}
     return dict(knn=knn_accuracy(train, valid), white=knn_accuracy(*whitened(train, valid)), **few)
@@ -236,7 +230,7 @@ def run(data, lever, seed, length=1.):
     encoder = learn.model.encoder
     return encoder,dict(cpu=clock.cpu, epochs=epochs, bs=bs,
                         loss=learn.collapse_monitor.history['loss/lnK'][-1],
-                        alarms=len(learn.collapse_monitor.alarms), **measure(dls, encoder))
+                        alarms=len(learn.collapse_monitor.alarms), **measure(dls, learn))
 
 # --- pieces that are done once ----------------------------------------------------------------------------------------
 out_dir = here.parent/'runs'/'levers'
@@ -249,7 +243,7 @@ def piece(data, lever, seed, length=1., todo=True):
     if path.exists(): return json.loads(path.read_text())
     if not todo: return None
     start = time.time()
-    if lever=='pixels': encoder,r = None,dict(cpu=0, **measure(datasets[data][0](64, seed), None))
+    if lever=='pixels': encoder,r = None,dict(cpu=0, **measure(datasets[data][0](64, seed), nn.Flatten()))
     else: encoder,r = run(data, lever, seed, length)
     if encoder is not None:
         save_file({k: v.contiguous() for k,v in encoder.state_dict().items()}, path.with_suffix('.safetensors'))
@@ -273,7 +267,7 @@ def once_more(lever, seed, length, test=False, size=None):
                              channels=datasets['fashion'][2], **small)
     encoder.load_state_dict(load_file(weights))
     dls = fashion_test(seed) if test else fashion(128, seed)
-    path.write_text(json.dumps(measure(dls, AtSize(encoder, size) if size else encoder)))
+    path.write_text(json.dumps(measure(dls, AsTrained(encoder, size=size))))
     return once_more(lever, seed, length, test, size)
 
 def table(data, seeds, length, names, get=None):

@@ -11,6 +11,7 @@ from fastai.callback import schedule  # noqa: F401  it patches Learner
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
+from fastai.vision.core import imagenet_stats
 from lightly.loss import SwaVLoss
 from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
 from lightly.transforms import SwaVTransform
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 import self_supervised_swav
 from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, write_between
 from self_supervised_swav.augment import get_batch_augs
+from self_supervised_swav.compare import AsTrained
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import (extract_features, few_label_learner, few_label_splits, knn_accuracy,
@@ -51,6 +53,10 @@ def new_encoder(s, seed):
 def quiet(learn):
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
     return learn
+
+def reader(encoder, n_in, px=None):
+    "An encoder of images in [0,1], which it scales to `px` pixels and normalizes as the recipe does"
+    return AsTrained(encoder, size=px, stats=imagenet_stats if n_in==3 else None)
 
 def features(dls, encoder=None):
     "(features, labels) of both parts; of pixels where there is no encoder"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import t as student
 
 from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, write_between
-from quality import piece, quiet, tuned, version
+from quality import piece, quiet, reader, tuned, version
 from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import NoValidation, extract_features, largest_share, linear_probe
@@ -93,12 +93,12 @@ def pretrained(out, data, s, todo=True):
         learn.fit_one_cycle(s['epochs'])
         encoder = learn.model.encoder
         save_file({k: v.contiguous() for k,v in encoder.state_dict().items()}, path)
-        parts = [extract_features(encoder, dl, progress=False) for dl in dls]
+        parts = [extract_features(learn, dl, progress=False) for dl in dls]
         save_file({f'{part}-{k}': v.contiguous() for part,o in zip(('train','test'), parts) for k,v in zip('xy', o)},
                   path.with_name(f'{data}-features.safetensors'))
         return dict(all_labels=linear_probe(*parts).top1, largest=largest_share(parts[1][1]))
     key = {k: s[k] for k in ('size','bs','epochs','channels','small_images')}
-    key |= dict(version=version(new_encoder, on_white, is_test, get_dls), torch=torch.__version__)
+    key |= dict(version=version(new_encoder, reader, on_white, is_test, get_dls), torch=torch.__version__)
     return piece(out, data, key, f if todo else None)
 
 @cache
@@ -152,7 +152,7 @@ def tuning(out, data, s, method, draw, n, todo=True):
                          device='cpu')
         encoder = new_encoder(s)
         encoder.load_state_dict(load_file(out/f'{data}.safetensors'))
-        return dict(at={str(n): tuned(encoder, few, 60, pretrained=True)})
+        return dict(at={str(n): tuned(reader(encoder, s['n_in']), few, 60, pretrained=True)})
     if base is None: return None
     key = dict(base=base['key'], labels=n, n_test=s['n_tune_test'], method=method, draw=draw,
                version=version(chosen, tuned, pool_of, *parts[method]))
