@@ -48,7 +48,7 @@ def digits(s, seed): return digits_dls(size=s.size, bs=s.bs, valid_pct=.3, seed=
 datasets = {'Fashion-MNIST': Data(fashion, 28, 1), 'clip art': Data(drawings, 64, 3), 'digits': Data(digits, 28, 1)}
 quick = {'digits': Data(digits, 16, 1, (4,8,8,16), ((2,4),(1,1)))}
 titles = {'Fashion-MNIST': '10,000 images without labels, 10,000 test images',
-          'clip art': '5,958 drawings of 64 px in 22 folders without labels, 2,034 test images',
+          'clip art': '5,958 drawings of 64 px in 22 folders without labels, 2,160 test images',
           'digits': '1,258 digits, scaled from 8 to 28 px, without labels, 539 test images'}
 
 def recipe_of(s): return swav_recipe(n_images=2, bs=2, image_size=s.size)
