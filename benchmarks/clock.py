@@ -28,7 +28,7 @@ from self_supervised_swav.data import digits_dls, fashion_mnist_dls, subset
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import (NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe,
                                            spread_probe)
-from self_supervised_swav.grid import grid_features
+from self_supervised_swav.grid import grid_features, stage_features
 from self_supervised_swav.learner import swav_learner
 from self_supervised_swav.precision import to_channels_last
 from self_supervised_swav.recipes import swav_recipe
@@ -231,16 +231,25 @@ def pretrained(out, data, s, arm, seed, length, todo=True):
                version=version(arms[arm], s.make, new_encoder, *own, 'data'))
     return piece(out, path.stem, key, f if todo else None)
 
+def base_key(out, data, s, arm, seed, length):
+    "What a measurement starts from; None where its training is still to do"
+    if arm not in arms: return [seed, list(s[1:])]
+    return (pretrained(out, data, s, arm, seed, length, todo=False) or {}).get('key')
+
+def encoder_from(out, data, s, arm, seed, length):
+    "The encoder of an arm, trained or not; None for pixels"
+    if arm=='raw pixels': return None
+    encoder = new_encoder(s, seed)
+    if arm in arms: encoder.load_state_dict(load_file(weights_file(out, data, arm, seed, length)))
+    return encoder
+
 def measured(out, data, s, arm, seed, length, todo=True):
     """What the test images say: 20-NN, plain and whitened, of whole images and of the quarters of each; a probe on all
     labels; and few labels"""
-    px = read_px(arm, s)
-    base = pretrained(out, data, s, arm, seed, length, todo=False) if arm in arms else dict(key=[seed, list(s[1:])])
+    base,px = base_key(out, data, s, arm, seed, length),read_px(arm, s)
     if base is None: return None
     def f():
-        dls,encoder = s.make(s, seed),None
-        if arm!='raw pixels': encoder = new_encoder(s, seed)
-        if arm in arms: encoder.load_state_dict(load_file(weights_file(out, data, arm, seed, length)))
+        dls,encoder = s.make(s, seed),encoder_from(out, data, s, arm, seed, length)
         def fs(dl): return pixels(dl) if encoder is None else features(encoder, dl, s, px)
         train,valid = map(fs, dls)
         r = dict(knn=knn_accuracy(train, valid), white=knn_accuracy(train, valid, whiten=True),
@@ -263,9 +272,24 @@ def measured(out, data, s, arm, seed, length, todo=True):
             (x,_),tuned_valid = (extract_features(learn.model.encoder, dl, progress=False) for dl in dls)
             r[f'both {n}'] = spread_probe((x,some), tuned_valid).top1
         return r
-    key = dict(base=base['key'], arm=arm, px=px,
+    key = dict(base=base, arm=arm, px=px,
                version=version(measured, few_probe, tuned_learner, Pixels, 'evaluate', 'grid', 'spread', 'whitening'))
     return piece(out, file_name(data, arm, seed, length)+'-test', key, f if todo else None)
+
+def staged(out, data, s, arm, seed, length, todo=True):
+    "20-NN of the last three stages side by side, of whole images and of the quarters of each"
+    base,px = base_key(out, data, s, arm, seed, length),read_px(arm, s)
+    if base is None or arm=='raw pixels': return None
+    def f():
+        dls,encoder,r = s.make(s, seed),encoder_from(out, data, s, arm, seed, length),{}
+        for grid,more in ((1,''),(2,' 2x2')):
+            with grid_features(encoder, grid), stage_features(encoder, 3):
+                train,valid = (features(encoder, dl, s, px) for dl in dls)
+            r |= {f'knn{more}, stages': knn_accuracy(train, valid),
+                  f'white{more}, stages': knn_accuracy(train, valid, whiten=True)}
+        return r
+    key = dict(base=base, arm=arm, px=px, version=version(staged, 'evaluate', 'grid', 'whitening'))
+    return piece(out, file_name(data, arm, seed, length)+'-stages', key, f if todo else None)
 
 def few_idxs(y, n, seed):
     "`n` images of each class, or all where there are fewer"
@@ -282,15 +306,17 @@ def with_labels(dls, idxs):
     return DataLoaders(train, *dls.loaders[1:], device=dls.device)
 
 # --- the tables -------------------------------------------------------------------------------------------------------
-whole = {'knn': '20-NN', 'white': '20-NN, whitened', 'knn 2x2': '20-NN, 2x2', 'white 2x2': 'whitened, 2x2',
-         'probe': 'linear probe on all labels'}
+whole = {'knn': '20-NN', 'white': 'whitened', 'knn, stages': '3 stages', 'white, stages': '3 stages, whitened',
+         'knn 2x2': '2x2', 'white 2x2': '2x2, whitened', 'knn 2x2, stages': '2x2, 3 stages',
+         'white 2x2, stages': '2x2, 3 stages, whitened', 'probe': 'linear probe on all labels'}
 few_ways = dict(probe='probe', spread='spread', tuned='trained', both='trained, spread')
 
 def rows(out, data, s, seeds, lengths):
     "(name, length, results of the seeds) of what there is"
     for arm,length in [(a,0) for a in baselines]+[(a,n) for n in lengths for a in arms]:
-        rs = [(pretrained(out, data, s, arm, i, length, todo=False) if arm in arms else {},t) for i in range(seeds)
-              if (t := measured(out, data, s, arm, i, length, todo=False))]
+        rs = [(pretrained(out, data, s, arm, i, length, todo=False) if arm in arms else {},
+               (staged(out, data, s, arm, i, length, todo=False) or {})|t)
+              for i in range(seeds) if (t := measured(out, data, s, arm, i, length, todo=False))]
         if rs: yield arm,length,rs
 
 def table(out, data, s, seeds, lengths):
@@ -298,7 +324,7 @@ def table(out, data, s, seeds, lengths):
     few = {f'{k} {n}': f'{n} labels: {v}' for n in s.labels[0] for k,v in few_ways.items()}
     tables = [[['features',*whole.values(),'epochs','CPU','wall','seeds']], [['features',*few.values()]]]
     for arm,length,rs in rows(out, data, s, seeds, lengths):
-        def cells(cols): return [fmt([t[k] for _,t in rs]) if k in rs[0][1] else '' for k in cols]
+        def cells(cols): return [fmt([t[k] for _,t in rs]) if all(k in t for _,t in rs) else '' for k in cols]
         name = f'{arm}, {length:g} x' if length else arm
         times = [f'{statistics.mean(b[k] for b,_ in rs):.0f}' if length else '' for k in ('epochs','cpu','wall')]
         tables[0].append([name, *cells(whole), times[0], *(f'{o} s' if o else '' for o in times[1:]), str(len(rs))])
@@ -346,8 +372,8 @@ def main(argv=None):
                                   for arm in args.only for length in ([0] if arm in baselines else lengths)]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        do_pieces([partial(f, out, *o) for o in todo for f in (pretrained,measured) if f is measured or o[2] in arms],
-                  args.minutes)
+        do_pieces([partial(f, out, *o) for o in todo for f in (pretrained,measured,staged)
+                   if f is not pretrained or o[2] in arms], args.minutes)
     text = report(out, sets, max(args.seeds)+1, lengths)
     print(text)
     if args.write:

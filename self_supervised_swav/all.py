@@ -75,7 +75,7 @@ __all__ = [
     # the encoder and what it knows
     'load_swav_checkpoint', 'load_official', 'encoder_arch', 'export_encoder', 'model_card', 'push_to_hub',
     'save_encoder', 'load_encoder', 'load_weights', 'load_whitening', 'encoder_settings', 'create_from_settings',
-    'extract_features', 'grid_features', 'Whitening', 'nearest_neighbors', 'near_duplicates',
+    'extract_features', 'grid_features', 'stage_features', 'Whitening', 'nearest_neighbors', 'near_duplicates',
     'weighted_knn', 'knn_accuracy', 'linear_probe', 'project_features',
     'few_label_idxs', 'few_label_splits', 'spread_probe', 'few_label_learner', 'NoValidation', 'evaluate_run', 'compare_encoders',
     'folder_features', 'embed_images', 'group_images', 'sort_images', 'explore_page',

@@ -201,10 +201,13 @@ class EmbedArgs(ImageArgs):
     # Write the features of the N x N cells of a grid over each image: similar images have the same things in the same
     # places (not for transformers)
     grid:int = option(1, metavar='N')
+    # Write the features of the last N stages side by side: whitened, similar images are found more often (not for
+    # transformers)
+    stages:int = option(1, metavar='N')
 
     def check(self):
         super().check()
-        check_least('grid', self.grid, 1)
+        for o in ('grid','stages'): check_least(o, getattr(self, o), 1)
         check_arg('out', self.out, lambda o: str(o).endswith(('.npy','.csv','.parquet')),
                   'a file that ends in .npy, .csv or .parquet')
 

@@ -16,7 +16,7 @@ from .checkpoints import (encoder_settings, find_encoder, load_encoder, load_whi
                                               reading_settings)
 from .data import find_images, image_dls, list_images
 from .evaluate import extract_features, normalized
-from .grid import grid_features
+from .grid import grid_features, stage_features
 from .collectives import rank_here, world
 from .files import atomic_path, check_writable, file_digest
 from .images import escape_name, write_csv
@@ -36,6 +36,7 @@ def folder_features(
     whiten:bool=False, # Whitened as the encoder's file says, or else by these images
     follow_links:bool=False, # Take what symbolic links to places outside the folder lead to?
     grid:int=1, # Features of the cells of a grid of so many by so many, see `grid_features`
+    stages:int=1, # Features of so many last stages side by side, see `stage_features`
     group=None # Process group whose ranks share the images: the first one gets all features, the others none
 )->tuple: # Features (n,d), float32 on the CPU, and the list of the n files
     """The features of all images in a folder, by the encoder of a run
@@ -53,7 +54,7 @@ def folder_features(
     settings = encoder_settings(path)
     reading = reading_settings(settings)
     encoder = load_encoder(path)
-    with grid_features(encoder, grid):
+    with grid_features(encoder, grid), stage_features(encoder, stages):
         known = getattr(folder, 'is_checked', False) and reading['n_in'] in (1,3)
         files = folder if known else find_images(folder, 'decode', skip_bad, follow_links, window=reading['window'],
                                                  n_in=reading['n_in'], group=group)
@@ -63,9 +64,10 @@ def folder_features(
         dls = image_dls(files, (range(len(files)),[]), size=size, bs=min(bs, len(files)), num_workers=num_workers,
                         device=device, **reading)
         loader = normalized(dls, settings.get('stats')).train
-        layer = load_whitening(path) if whiten and grid==1 else None
+        layer = load_whitening(path) if whiten and grid==stages==1 else None
         if whiten and layer is None:
-            of_what = '' if grid==1 else f' of a grid of {grid} x {grid}'
+            of_what = f' of {stages} stages' if stages>1 else ''
+            if grid>1: of_what += f' of a grid of {grid} x {grid}'
             warnings.warn(f"{path} has no whitening{of_what}: it is fitted to these {len(files)} images, so features "
                           "of other folders do not compare with these")
         encoder = to_channels_last(encoder.to(device))
@@ -76,7 +78,7 @@ def features_for(
     args, # `ImageArgs` of a command, with `run` and `folder`
     run=None, # Instead of its run
     folder=None, # Instead of its folder
-    **kwargs # `whiten`, `grid` and `group` of `folder_features`
+    **kwargs # `whiten`, `grid`, `stages` and `group` of `folder_features`
 )->tuple: # Features (n,d), float32 on the CPU, and the list of the n files
     "`folder_features` with the arguments of a command"
     return folder_features(run or args.run, folder or args.folder, args.bs, args.skip_bad, args.num_workers,
@@ -117,7 +119,7 @@ def embed_images(
     if (group := world()) is not None:
         check_alike('the same encoder', dict(encoder=file_digest(find_encoder(args.run))[:16]))
         check_same_files(folder, folder if in_shards else list_images(folder, args.follow_links))
-    x,files = features_for(args, folder=folder, whiten=args.whiten, grid=args.grid, group=group)
+    x,files = features_for(args, folder=folder, whiten=args.whiten, grid=args.grid, stages=args.stages, group=group)
     if rank_here(): return tuple(x.shape)
     if in_shards: names = folder.row_names([o.i for o in files])
     else: names = [f.relative_to(folder).as_posix() for f in files]

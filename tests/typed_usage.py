@@ -20,7 +20,7 @@ from self_supervised_swav.all import (
     load_whitening, mean_code_entropy, method_of, moco_learner, moco_recipe, model_card, near_duplicates,
     nearest_neighbors, no_targets, nt_xent, paper_recipe, predict_images, pretrain_learner, project_features,
     prototype_usage, push_to_hub, save_encoder, select_images, select_to_label, simclr_learner, simclr_recipe,
-    sort_images, swav_recipe, tensor_dls, weighted_knn)
+    sort_images, stage_features, swav_recipe, tensor_dls, weighted_knn)
 from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.data import swav_dls
 from self_supervised_swav.encoders import create_encoder
@@ -113,7 +113,7 @@ def encoders(learn:Learner, x:Tensor) -> Path:
                               load_official('swav_800ep')]
     load_weights(others[0], 'weights.pth')
     encoder_arch('encoder.safetensors')
-    with grid_features(encoder, 2): assert whitening is not None and encoder(x).ndim==2
+    with grid_features(encoder, 2), stage_features(encoder, 2): assert whitening is not None and encoder(x).ndim==2
     text:str = model_card('encoder.safetensors', license='mit')+str(push_to_hub('encoder.safetensors', 'me/encoder'))
     assert text
     return export_encoder(learn, 'encoder.onnx', format='onnx', normalize=True)
