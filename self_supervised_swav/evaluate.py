@@ -373,7 +373,7 @@ def normalized(
 # %% ../nbs/32_evaluate.ipynb #c6de3741
 @delegates(Learner.__init__, but=['model','splitter'])
 def few_label_learner(
-    encoder, # A pretrained encoder, a model with one, or the Learner that trained it
+    encoder, # A pretrained encoder, a model of one and its head, or the Learner that trained it
     dls:DataLoaders, # Labeled images, for instance from `few_label_splits`
     n_out:int|None=None, # Number of classes (default: that of `dls`)
     stats:tuple|None=None, # Mean and standard deviation to normalize with (default: as the Learner's crops, else none)

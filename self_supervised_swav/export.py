@@ -155,7 +155,7 @@ def _check_libraries():
         raise ImportError(f"format='onnx' needs {e.name}: pip install onnx onnxruntime onnxscript") from e
 
 def export_encoder(
-    learn_or_run, # A Learner, a model with an encoder, an encoder, its file, or the folder of a run
+    learn_or_run, # A Learner, a model of an encoder and its head, an encoder, its file, or the folder of a run
     path, # File to write, whole or not at all
     format:str='safetensors', # 'safetensors', 'timm', 'torchvision', 'onnx' or 'torch.export'
     size:int|None=None, # Height and width of images, for 'onnx' and 'torch.export' (default: as trained, else 224)
