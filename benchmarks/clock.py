@@ -306,9 +306,9 @@ def with_labels(dls, idxs):
     return DataLoaders(train, *dls.loaders[1:], device=dls.device)
 
 # --- the tables -------------------------------------------------------------------------------------------------------
-whole = {'knn': '20-NN', 'white': 'whitened', 'knn, stages': '3 stages', 'white, stages': '3 stages, whitened',
-         'knn 2x2': '2x2', 'white 2x2': '2x2, whitened', 'knn 2x2, stages': '2x2, 3 stages',
-         'white 2x2, stages': '2x2, 3 stages, whitened', 'probe': 'linear probe on all labels'}
+whole = {'20-NN / whitened': ('knn','white'), '3 stages': ('knn, stages','white, stages'),
+         '2x2': ('knn 2x2','white 2x2'), '2x2, 3 stages': ('knn 2x2, stages','white 2x2, stages'),
+         'linear probe on all labels': ('probe',)}
 few_ways = dict(probe='probe', spread='spread', tuned='trained', both='trained, spread')
 
 def rows(out, data, s, seeds, lengths):
@@ -321,14 +321,15 @@ def rows(out, data, s, seeds, lengths):
 
 def table(out, data, s, seeds, lengths):
     "Two in Markdown, from the pieces that there are: with all labels and the costs, and with few"
-    few = {f'{k} {n}': f'{n} labels: {v}' for n in s.labels[0] for k,v in few_ways.items()}
-    tables = [[['features',*whole.values(),'epochs','CPU','wall','seeds']], [['features',*few.values()]]]
+    few = {f'{n} labels: {v}': (f'{k} {n}',) for n in s.labels[0] for k,v in few_ways.items()}
+    tables = [[['features',*whole,'epochs','CPU','wall','seeds']], [['features',*few]]]
     for arm,length,rs in rows(out, data, s, seeds, lengths):
-        def cells(cols): return [fmt([t[k] for _,t in rs]) if all(k in t for _,t in rs) else '' for k in cols]
+        def cell(of): return ' / '.join(fmt([t[k] for _,t in rs]) for k in of if all(k in t for _,t in rs))
         name = f'{arm}, {length:g} x' if length else arm
         times = [f'{statistics.mean(b[k] for b,_ in rs):.0f}' if length else '' for k in ('epochs','cpu','wall')]
-        tables[0].append([name, *cells(whole), times[0], *(f'{o} s' if o else '' for o in times[1:]), str(len(rs))])
-        tables[1].append([name, *cells(few)])
+        costs = [times[0], *(f'{o} s' if o else '' for o in times[1:]), str(len(rs))]
+        tables[0].append([name, *map(cell, whole.values()), *costs])
+        tables[1].append([name, *map(cell, few.values())])
     return '\n\n'.join('\n'.join([line(t[0]), line(['---']*len(t[0])), *map(line, t[1:])]) for t in tables)
 
 def report(out, sets, seeds, lengths):
