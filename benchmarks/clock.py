@@ -1,8 +1,10 @@
 """Accuracy for time: this package beside raw pixels and lightly's SwAV and SimCLR, on Fashion-MNIST, clip art and
 digits, each after as many seconds as four epochs of the first recipe took, and after five times that. Everything is
 chosen on training images; the test images are looked at once, by the encoder that was chosen. Every piece that is done
-stays in `runs/clock` and is not done again. `--quick` in seconds, `--write` keeps the tables in README.md."""
-import copy, math, statistics, time, warnings
+stays in `benchmarks/clock`, with the machine that did it, and is not done again: a data set can be begun on one machine
+and finished on another. `--quick` in seconds, `--write` keeps the tables in README.md."""
+import copy, math, re, statistics, time, warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from harness import do_pieces, line, made_on, parse_pieces, parser_of_pieces, write_between
+from harness import do_pieces, line, machine, parse_pieces, parser_of_pieces, write_between
 from quality import (Watch as Stopwatch, Crops, LightlyModel, accuracy_of, few_probe, fmt, piece, quiet, reader,
                      tuned_learner, version)
 from selection import clipart
@@ -30,6 +32,7 @@ from self_supervised_swav.evaluate import (NoValidation, extract_features, few_l
                                            spread_probe)
 from self_supervised_swav.grid import grid_features, stage_features
 from self_supervised_swav.learner import swav_learner
+from self_supervised_swav.machine import processor_name
 from self_supervised_swav.precision import to_channels_last
 from self_supervised_swav.recipes import swav_recipe
 from self_supervised_swav.whitening import Whitening
@@ -124,17 +127,18 @@ def secs_per_step(learn, n=20):
 first_recipe = dict(jitter_s=.5, num_crops=(2,4), crop_sizes=(28,18))  # of 28 px, in batches of 128
 
 def budget(out, todo=True):
-    """Seconds of four epochs of the first recipe on 10,000 images of Fashion-MNIST, on this machine by one thread
+    """Seconds of four epochs of the first recipe on 10,000 images of Fashion-MNIST, by one thread of this processor
 
     Measured once: a package that became faster since does more in the same time."""
     if out.name=='quick': return dict(seconds=250.)
+    name = 'budget-'+re.sub(r'\W+', '-', processor_name()).strip('-').lower()
     s = datasets['Fashion-MNIST']._replace(bs=128)
     def f():
         set_seed(0)
         dls = fashion(s, 0)
         secs = statistics.median(secs_per_step(our_learner(dls, s, gamma=False, **first_recipe)) for _ in range(3))
         return dict(seconds=4*len(dls.train)*secs)
-    return piece(out, 'budget', dict(first=first_recipe), f if todo else None)
+    return piece(out, name, dict(first=first_recipe), f if todo else None)
 
 # --- the arms: functions that train for a time ------------------------------------------------------------------------
 ours = 'augment encoders learner losses models multiview optimizer precision queue recipes sinkhorn swav'.split()
@@ -218,46 +222,46 @@ def file_name(data, arm, seed, length): return f'{data}-{arm}-{length:g}-{seed}'
 def weights_file(out, *of): return out/(file_name(*of)+'.safetensors')
 
 def pretrained(out, data, s, arm, seed, length, todo=True):
-    "The curve of a training of `length` budgets; the encoder that is best among the training images is kept"
+    """The curve of a training of `length` budgets; the encoder that is best among the training images is kept
+
+    It is done again where its weights are missing: they stay on the machine that trained them."""
     path = weights_file(out, data, arm, seed, length)
-    seconds = (budget(out, todo) or {}).get('seconds')
-    if seconds is None: return None
     def f():
-        watch,r = arms[arm](s, seed, length*seconds)
+        seconds = length*budget(out)['seconds']
+        watch,r = arms[arm](s, seed, seconds)
         save_file({k: v.contiguous() for k,v in watch.best[1].items()}, path)
-        return r|dict(points=watch.points, cpu=watch.cpu, wall=watch.wall)
+        return r|dict(points=watch.points, cpu=watch.cpu, wall=watch.wall, seconds=seconds, machine=[*machine('cpu')])
     own = [LightlyModel,Crops,SimCLR,lightly,loader] if arm.startswith('lightly') else ours
-    key = dict(data=data, s=list(s[1:]), seed=seed, seconds=length*seconds,
+    key = dict(data=data, s=list(s[1:]), seed=seed, length=length,
                version=version(arms[arm], s.make, new_encoder, *own, 'data'))
-    return piece(out, path.stem, key, f if todo else None)
+    name = file_name(data, arm, seed, length)
+    if todo and not path.exists(): (out/f'{name}.json').unlink(missing_ok=True)
+    return piece(out, name, key, f if todo else None)
 
 def base_key(out, data, s, arm, seed, length):
     "What a measurement starts from; None where its training is still to do"
     if arm not in arms: return [seed, list(s[1:])]
     return (pretrained(out, data, s, arm, seed, length, todo=False) or {}).get('key')
 
-def encoder_from(out, data, s, arm, seed, length):
-    "The encoder of an arm, trained or not; None for pixels"
-    if arm=='raw pixels': return None
-    encoder = new_encoder(s, seed)
-    if arm in arms: encoder.load_state_dict(load_file(weights_file(out, data, arm, seed, length)))
-    return encoder
+def neighbors(train, valid, more=''):
+    "20-NN, plain and whitened"
+    return {f'knn{more}': knn_accuracy(train, valid), f'white{more}': knn_accuracy(train, valid, whiten=True)}
 
 def measured(out, data, s, arm, seed, length, todo=True):
-    """What the test images say: 20-NN, plain and whitened, of whole images and of the quarters of each; a probe on all
-    labels; and few labels"""
+    """What the test images say: 20-NN, plain and whitened, of whole images and of the quarters of each, of the last
+    stage and of three side by side; a probe on all labels; and few labels"""
     base,px = base_key(out, data, s, arm, seed, length),read_px(arm, s)
     if base is None: return None
     def f():
-        dls,encoder = s.make(s, seed),encoder_from(out, data, s, arm, seed, length)
+        dls,encoder = s.make(s, seed),None if arm=='raw pixels' else new_encoder(s, seed)
+        if arm in arms: encoder.load_state_dict(load_file(weights_file(out, data, arm, seed, length)))
         def fs(dl): return pixels(dl) if encoder is None else features(encoder, dl, s, px)
         train,valid = map(fs, dls)
-        r = dict(knn=knn_accuracy(train, valid), white=knn_accuracy(train, valid, whiten=True),
-                 wholly=knn_accuracy(train, valid, whiten=Whitening.fit(train[0], shrink=0.)),
-                 probe=linear_probe(train, valid).top1)
-        if encoder is not None:
-            with grid_features(encoder): quarters = [fs(dl) for dl in dls]
-            r |= {'knn 2x2': knn_accuracy(*quarters), 'white 2x2': knn_accuracy(*quarters, whiten=True)}
+        r = neighbors(train, valid)|dict(probe=linear_probe(train, valid).top1)
+        r['wholly'] = knn_accuracy(train, valid, whiten=Whitening.fit(train[0], shrink=0.))
+        for grid,stages in ((1,3),(2,1),(2,3)) if encoder is not None else ():
+            with grid_features(encoder, grid), stage_features(encoder, stages) if stages>1 else nullcontext():
+                r |= neighbors(*map(fs, dls), more=f' {grid}x{grid}, {stages}')
         for n,epochs in zip(*s.labels):
             idxs = few_idxs(train[1], n, seed)
             some = torch.full_like(train[1], -1)
@@ -271,25 +275,17 @@ def measured(out, data, s, arm, seed, length, todo=True):
             r[f'tuned {n}'] = accuracy_of(learn)
             (x,_),tuned_valid = (extract_features(learn.model.encoder, dl, progress=False) for dl in dls)
             r[f'both {n}'] = spread_probe((x,some), tuned_valid).top1
-        return r
+        return r|dict(machine=[*machine('cpu')])
     key = dict(base=base, arm=arm, px=px,
                version=version(measured, few_probe, tuned_learner, Pixels, 'evaluate', 'grid', 'spread', 'whitening'))
     return piece(out, file_name(data, arm, seed, length)+'-test', key, f if todo else None)
 
-def staged(out, data, s, arm, seed, length, todo=True):
-    "20-NN of the last three stages side by side, of whole images and of the quarters of each"
-    base,px = base_key(out, data, s, arm, seed, length),read_px(arm, s)
-    if base is None or arm=='raw pixels': return None
-    def f():
-        dls,encoder,r = s.make(s, seed),encoder_from(out, data, s, arm, seed, length),{}
-        for grid,more in ((1,''),(2,' 2x2')):
-            with grid_features(encoder, grid), stage_features(encoder, 3):
-                train,valid = (features(encoder, dl, s, px) for dl in dls)
-            r |= {f'knn{more}, stages': knn_accuracy(train, valid),
-                  f'white{more}, stages': knn_accuracy(train, valid, whiten=True)}
-        return r
-    key = dict(base=base, arm=arm, px=px, version=version(staged, 'evaluate', 'grid', 'whitening'))
-    return piece(out, file_name(data, arm, seed, length)+'-stages', key, f if todo else None)
+def train_and_measure(out, data, s, arm, seed, length):
+    "Unless it was done, here or on another machine"
+    of = out,data,s,arm,seed,length
+    if measured(*of, todo=False): return
+    if arm in arms: pretrained(*of)
+    measured(*of)
 
 def few_idxs(y, n, seed):
     "`n` images of each class, or all where there are fewer"
@@ -306,16 +302,15 @@ def with_labels(dls, idxs):
     return DataLoaders(train, *dls.loaders[1:], device=dls.device)
 
 # --- the tables -------------------------------------------------------------------------------------------------------
-whole = {'20-NN / whitened': ('knn','white'), '3 stages': ('knn, stages','white, stages'),
-         '2x2': ('knn 2x2','white 2x2'), '2x2, 3 stages': ('knn 2x2, stages','white 2x2, stages'),
+whole = {'20-NN / whitened': ('knn','white'), '3 stages': ('knn 1x1, 3','white 1x1, 3'),
+         '2x2': ('knn 2x2, 1','white 2x2, 1'), '2x2, 3 stages': ('knn 2x2, 3','white 2x2, 3'),
          'linear probe on all labels': ('probe',)}
 few_ways = dict(probe='probe', spread='spread', tuned='trained', both='trained, spread')
 
 def rows(out, data, s, seeds, lengths):
     "(name, length, results of the seeds) of what there is"
     for arm,length in [(a,0) for a in baselines]+[(a,n) for n in lengths for a in arms]:
-        rs = [(pretrained(out, data, s, arm, i, length, todo=False) if arm in arms else {},
-               (staged(out, data, s, arm, i, length, todo=False) or {})|t)
+        rs = [(pretrained(out, data, s, arm, i, length, todo=False) if arm in arms else {}, t)
               for i in range(seeds) if (t := measured(out, data, s, arm, i, length, todo=False))]
         if rs: yield arm,length,rs
 
@@ -332,34 +327,45 @@ def table(out, data, s, seeds, lengths):
         tables[1].append([name, *map(cell, few.values())])
     return '\n\n'.join('\n'.join([line(t[0]), line(['---']*len(t[0])), *map(line, t[1:])]) for t in tables)
 
-def report(out, sets, seeds, lengths):
-    b = budget(out, todo=False)
-    texts = [f"1 x is {b['seconds']:.0f} s of one thread." if b else '']
-    for data,s in sets.items():
-        texts += [f'{data}: {titles[data]}', table(out, data, s, seeds, lengths)]
-    return '\n\n'.join(texts)
+def report(out, data, s, seeds, lengths):
+    "Where and when, the tables; empty where nothing was done"
+    found = [(length,*r) for _,length,rs in rows(out, data, s, seeds, lengths) for r in rs]
+    if not found: return ''
+    pieces = [o for _,*r in found for o in r if o]
+    days = sorted({o['date'] for o in pieces})
+    units = sorted({round(trained['seconds']/length) for length,trained,_ in found if trained})
+    text = [f'{data}: {titles[data]}', ' to '.join(sorted({days[0],days[-1]})),
+            '\n'.join(f'- {o}' for o in dict.fromkeys(o for r in pieces for o in r['machine']))]
+    if units: text.append(f"1 x is {' or '.join(map(str, units))} s of one thread.")
+    return '\n\n'.join([*text, table(out, data, s, seeds, lengths)])
 
-def curves(out, sets, seeds, lengths):
-    "20-NN over seconds, a picture for each data set and a line for each training"
-    fig,axs = plt.subplots(1, len(sets), figsize=(5.5*len(sets),3.6), squeeze=False)
-    for ax,(data,s) in zip(axs[0], sets.items()):
-        for color,arm in zip(('C0','C1','C2'), arms):
-            found = [r for n in lengths for i in range(seeds) if (r := pretrained(out, data, s, arm, i, n, todo=False))]
-            for k,r in enumerate(found):
-                ax.plot([o['cpu'] for o in r['points']], [100*o['among'] for o in r['points']], '.-', color=color, lw=1,
-                        label=arm if k==0 else None)
-        ax.set(title=data, xlabel='CPU seconds of training', ylabel='20-NN among training images, %')
-        ax.spines[['top','right']].set_visible(False)
-    named = {o.get_label(): o for ax in axs[0] for o in ax.lines if not o.get_label().startswith('_')}
-    fig.tight_layout(rect=(0,.08,1,1))
-    fig.legend(named.values(), named, loc='lower center', ncols=len(named) or 1, frameon=False)
+def curve(out, data, s, seeds, lengths):
+    "20-NN over seconds: a line for each training"
+    fig,ax = plt.subplots(figsize=(6,3.8))
+    for color,arm in zip(('C0','C1','C2'), arms):
+        found = [r for n in lengths for i in range(seeds) if (r := pretrained(out, data, s, arm, i, n, todo=False))]
+        for k,r in enumerate(found):
+            ax.plot([o['cpu'] for o in r['points']], [100*o['among'] for o in r['points']], '.-', color=color, lw=1,
+                    label=arm if k==0 else None)
+    ax.set(title=data, xlabel='CPU seconds of training', ylabel='20-NN among training images, %')
+    ax.spines[['top','right']].set_visible(False)
+    ax.legend(frameon=False)
+    fig.tight_layout()
     return fig
 
-picture = here/'clock.png'
-begin,end = '<!-- clock: written by `python benchmarks/clock.py --write` -->','<!-- clock: end -->'
+def keep(data, text, fig):
+    "The tables of a data set between its markers in README.md, its picture beside it"
+    path = here/f"clock-{data.replace(' ', '-').lower()}.png"
+    fig.savefig(path, dpi=80)
+    head,rest = text.split('\n\n', 1)
+    alt = f'{data}: accuracy over seconds of training, a line for each training of this package and of lightly'
+    mark = f'<!-- clock, {data}: '
+    write_between(here/'README.md', f'{mark}written by `python benchmarks/clock.py --write` -->', f'{mark}end -->',
+                  f'{head}\n\n![{alt}]({path.name})\n\n{rest}')
 
 def main(argv=None):
     p = parser_of_pieces(__doc__, 'clock')
+    p.set_defaults(out=here/'clock')
     p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     p.add_argument('--data', nargs='+', choices=list(datasets), default=list(datasets))
     p.add_argument('--only', nargs='+', choices=[*baselines,*arms], default=[*baselines,*arms])
@@ -373,16 +379,11 @@ def main(argv=None):
                                   for arm in args.only for length in ([0] if arm in baselines else lengths)]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        do_pieces([partial(f, out, *o) for o in todo for f in (pretrained,measured,staged)
-                   if f is not pretrained or o[2] in arms], args.minutes)
-    text = report(out, sets, max(args.seeds)+1, lengths)
-    print(text)
+        do_pieces([partial(train_and_measure, out, *o) for o in todo], args.minutes)
+    texts = {k: t for k,s in sets.items() if (t := report(out, k, s, max(args.seeds)+1, lengths))}
+    print('\n\n'.join(texts.values()))
     if args.write:
-        beside = {k: s for k,s in sets.items() if any(r[0] in list(arms)[1:] for r in rows(out, k, s, 1, lengths))}
-        if beside: curves(out, beside, max(args.seeds)+1, lengths).savefig(picture, dpi=80)
-        alt = 'Accuracy over seconds of training, a line for each training of this package and of lightly'
-        link = f'![{alt}]({picture.name})' if beside else ''
-        write_between(here/'README.md', begin, end, f'{made_on()}\n\n{link}\n\n{text}')
-    return text
+        for k,t in texts.items(): keep(k, t, curve(out, k, sets[k], max(args.seeds)+1, lengths))
+    return '\n\n'.join(texts.values())
 
 if __name__=='__main__': main()

@@ -152,10 +152,21 @@ def test_clock_gives_a_row_for_each_arm_once(tmp_path, monkeypatch):
     for p in tmp_path.glob('quick/*-0.004-0.json'):
         r = json.loads(p.read_text())
         assert 0<len(r['points'])<=4 and r['points'][-1]['cpu']<=r['cpu'] and r['epochs']>0
+        assert r['seconds']==1 and r['machine'][0] in text
     monkeypatch.setattr(clock, 'Watch', None)  # nothing can be trained any more
+    for p in tmp_path.glob('quick/*.safetensors'): p.unlink()  # weights stay on the machine of a training
     assert clock.main(again)==clock.main([*again,'--table'])==text
-    ax, = clock.curves(tmp_path/'quick', clock.quick, 1, [.004]).axes
-    assert [o.get_label() for o in ax.lines]==list(clock.arms)
+    fig = clock.curve(tmp_path/'quick', 'digits', clock.quick['digits'], 1, [.004])
+    assert [o.get_label() for o in fig.axes[0].lines]==list(clock.arms)
+    readme = tmp_path/'README.md'
+    readme.write_text('Before\n\n<!-- clock, digits: written by `python benchmarks/clock.py --write` -->\n'
+                      '<!-- clock, digits: end -->\n\nAfter\n')
+    monkeypatch.setattr(clock, 'here', tmp_path)
+    clock.keep('digits', text, fig)
+    assert (tmp_path/'clock-digits.png').exists() and readme.read_text().startswith('Before')
+    assert '(clock-digits.png)' in readme.read_text() and text.split('\n\n')[-1] in readme.read_text()
+    next(tmp_path.glob('quick/*simclr*-test.json')).unlink()  # to be measured again, by weights that are not here
+    with pytest.raises(TypeError): clock.main(again)
 
 def test_a_watch_ends_after_its_time_and_keeps_the_best(monkeypatch):
     "Each look at the clock takes a quarter of a second; the second of four measurements is the best"
