@@ -4,7 +4,6 @@ chosen on training images; the test images are looked at once, by the encoder th
 stays in `benchmarks/clock`, with the machine that did it, and is not done again: a data set can be begun on one machine
 and finished on another. `--quick` in seconds, `--write` keeps the tables in README.md."""
 import copy, math, re, statistics, time, warnings
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -260,7 +259,7 @@ def measured(out, data, s, arm, seed, length, todo=True):
         r = neighbors(train, valid)|dict(probe=linear_probe(train, valid).top1)
         r['wholly'] = knn_accuracy(train, valid, whiten=Whitening.fit(train[0], shrink=0.))
         for grid,stages in ((1,3),(2,1),(2,3)) if encoder is not None else ():
-            with grid_features(encoder, grid), stage_features(encoder, stages) if stages>1 else nullcontext():
+            with grid_features(encoder, grid), stage_features(encoder, stages):
                 r |= neighbors(*map(fs, dls), more=f' {grid}x{grid}, {stages}')
         for n,epochs in zip(*s.labels):
             idxs = few_idxs(train[1], n, seed)

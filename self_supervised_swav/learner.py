@@ -95,7 +95,7 @@ def _stride_at(encoder, size, n_in):
 def _whole_crops(recipe, encoder, n_in, size):
     "Crops as large as the images, where smaller ones, which the recipe has, would be about a cell for `encoder`"
     crops = recipe['augs']['crop_sizes']
-    if recipe.get('features', {}).get('size', size)>=size: return
+    if 'features' not in recipe: return
     stride = _stride_at(encoder, size, n_in)
     if stride is None or max(crops)>=1.5*stride: return
     recipe.put('augs', 'crop_sizes', tuple(round(o*size/max(crops)) for o in crops),

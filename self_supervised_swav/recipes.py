@@ -292,7 +292,7 @@ def _put_crops(r, size, few, tiny):
     at_most = ', at most 224' if size>224 else ''
     of_image = f"{'3/8 of ' if reduced else ''}the {size} px of the images{at_most}"
     r.put('augs', 'crop_sizes', (large,small), f'{of_image}, and {ratio_text} of that')
-    if reduced: r.put('features', 'size', round(size/16)*8, 'whole images show things about as large as crops do')
+    if reduced: r.put('features', 'size', round_down(size, 8), 'whole images, read at their size, show more')
     r.put('augs', 'min_scales', (lo,lo_small),
           f'a large crop shows at least {px_large} of {size} px across, a small one at least {px_small}')
     r.put('augs', 'max_scales', (1.,hi_small),

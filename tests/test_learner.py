@@ -252,9 +252,9 @@ def test_features_are_meant_for_whole_images(tmp_path):
         assert encoder_settings(save_encoder(learn, tmp_path/'e.safetensors'))['size']==size
 
 @pytest.mark.parametrize('arch,given,sizes,features', [
-    ('resnet18', {}, (24,15), 32), ('vit_tiny_patch16_224', {}, (24,16), 32),  # strides of 8 and 4 px
+    ('resnet18', {}, (24,15), 64), ('vit_tiny_patch16_224', {}, (24,16), 64),  # strides of 8 and 4 px
     ('resnet18', dict(small_images=False), (64,40), None), ('vgg11', {}, (64,40), None),  # strides of 32 px
-    ('resnet18', dict(small_images=False, crop_sizes=(24,16)), (24,16), 32)])
+    ('resnet18', dict(small_images=False, crop_sizes=(24,16)), (24,16), 64)])
 def test_smaller_crops_of_images_of_64_px_only_where_the_encoder_sees_them(arch, given, sizes, features):
     x = torch.randint(0, 255, (40,3,64,64), dtype=torch.uint8)
     dls = tensor_dls(x, torch.zeros(40, dtype=torch.long), ['a'], bs=8, device='cpu')
