@@ -306,6 +306,8 @@ whole = {'20-NN / whitened': ('knn','white'), '3 stages': ('knn 1x1, 3','white 1
          'linear probe on all labels': ('probe',)}
 few_ways = dict(probe='probe', spread='spread', tuned='trained', both='trained, spread')
 
+def of_table(head, rows): return '\n'.join([line(head), line(['---']*len(head)), *map(line, rows)])
+
 def rows(out, data, s, seeds, lengths):
     "(name, length, results of the seeds) of what there is"
     for arm,length in [(a,0) for a in baselines]+[(a,n) for n in lengths for a in arms]:
@@ -320,11 +322,28 @@ def table(out, data, s, seeds, lengths):
     for arm,length,rs in rows(out, data, s, seeds, lengths):
         def cell(of): return ' / '.join(fmt([t[k] for _,t in rs]) for k in of if all(k in t for _,t in rs))
         name = f'{arm}, {length:g} x' if length else arm
-        times = [f'{statistics.mean(b[k] for b,_ in rs):.0f}' if length else '' for k in ('epochs','cpu','wall')]
+        means = [statistics.mean(b[k] for b,_ in rs) for k in ('epochs','cpu','wall')] if length else []
+        times = [f'{o:.0f}' if o>=10 else f'{o:.1f}' for o in means] or ['']*3
         costs = [times[0], *(f'{o} s' if o else '' for o in times[1:]), str(len(rs))]
         tables[0].append([name, *map(cell, whole.values()), *costs])
         tables[1].append([name, *map(cell, few.values())])
-    return '\n\n'.join('\n'.join([line(t[0]), line(['---']*len(t[0])), *map(line, t[1:])]) for t in tables)
+    return '\n\n'.join(of_table(t[0], t[1:]) for t in tables)
+
+def ahead(out, data, s, seeds, lengths):
+    "In how many of the seeds that both have this package is ahead of each other arm, at the best way with few labels"
+    def best(n, t): return max(t[k] for w in few_ways if (k := f'{w} {n}') in t)
+    figures = {'20-NN': lambda t: t['knn'], 'whitened': lambda t: t['white'],
+               **{f'{n} labels': partial(best, n) for n in s.labels[0]}}
+    def tests(arm, length): return [measured(out, data, s, arm, i, length, todo=False) for i in range(seeds)]
+    lines,mine = [],'this package'
+    for length in lengths:
+        for arm in (o for o in (*baselines,*arms) if o!=mine):
+            pairs = zip(tests(mine, length), tests(arm, length if arm in arms else 0))
+            pairs = [o for o in pairs if all(o)]
+            if not pairs: continue
+            wins = [sum(f(a)>f(b) for a,b in pairs) for f in figures.values()]
+            lines.append([arm, f'{length:g} x', *(f'{n} of {len(pairs)}' for n in wins)])
+    return of_table(['this package is ahead of','after',*figures], lines) if lines else ''
 
 def report(out, data, s, seeds, lengths):
     "Where and when, the tables; empty where nothing was done"
@@ -336,7 +355,7 @@ def report(out, data, s, seeds, lengths):
     text = [f'{data}: {titles[data]}', ' to '.join(sorted({days[0],days[-1]})),
             '\n'.join(f'- {o}' for o in dict.fromkeys(o for r in pieces for o in r['machine']))]
     if units: text.append(f"1 x is {' or '.join(map(str, units))} s of one thread.")
-    return '\n\n'.join([*text, table(out, data, s, seeds, lengths)])
+    return '\n\n'.join([*text, *filter(None, (f(out, data, s, seeds, lengths) for f in (table,ahead)))])
 
 def curve(out, data, s, seeds, lengths):
     "20-NN over seconds: a line for each training"
@@ -348,8 +367,8 @@ def curve(out, data, s, seeds, lengths):
                     label=arm if k==0 else None)
     ax.set(title=data, xlabel='CPU seconds of training', ylabel='20-NN among training images, %')
     ax.spines[['top','right']].set_visible(False)
-    ax.legend(frameon=False)
-    fig.tight_layout()
+    fig.tight_layout(rect=(0,.08,1,1))
+    fig.legend(loc='lower center', ncols=3, frameon=False)
     return fig
 
 def keep(data, text, fig):

@@ -148,7 +148,9 @@ def test_clock_gives_a_row_for_each_arm_once(tmp_path, monkeypatch):
     text = clock.main(again)
     rows = [o.split('|')[1].strip() for o in text.splitlines() if o.startswith('|')]
     arms = [*clock.baselines, *(f'{o}, 0.004 x' for o in clock.arms)]
-    assert rows==2*['features','---',*arms]  # with all labels, with few
+    assert rows[:-6]==2*['features','---',*arms]  # with all labels, with few
+    others = [o for o in (*clock.baselines, *clock.arms) if o!='this package']
+    assert rows[-6:]==['this package is ahead of','---',*others] and text.rstrip(' |')[-6:] in ('0 of 1','1 of 1')
     for p in tmp_path.glob('quick/*-0.004-0.json'):
         r = json.loads(p.read_text())
         assert 0<len(r['points'])<=4 and r['points'][-1]['cpu']<=r['cpu'] and r['epochs']>0
