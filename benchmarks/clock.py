@@ -53,21 +53,14 @@ titles = {'Fashion-MNIST': '10,000 images without labels, 10,000 test images',
           'clip art': '5,958 drawings of 64 px in 22 folders without labels, 2,160 test images',
           'digits': '1,258 digits, scaled from 8 to 28 px, without labels, 539 test images'}
 
-def recipe_of(s): return swav_recipe(n_images=2, bs=2, image_size=s.size)
-
 def new_encoder(s, seed):
     "The network that `swav_learner` makes of these widths"
     set_seed(seed)
-    return create_encoder('resnet18', n_in=s.n_in, layers=(1,1,1,1), channels=s.channels, **recipe_of(s)['encoder'])
+    asked = swav_recipe(n_images=2, bs=2, image_size=s.size)['encoder']
+    return create_encoder('resnet18', n_in=s.n_in, layers=(1,1,1,1), channels=s.channels, **asked)
 
-def recipe_px(s): return recipe_of(s).get('features', {}).get('size', s.size)
-
-def read_px(arm, s):
-    "How large images are when features are read: what the recipe says; for lightly, whose crops are as large, wholly"
-    return s.size if arm.startswith('lightly') else recipe_px(s)
-
-def features(encoder, dl, s, px=None):
-    net = to_channels_last(reader(copy.deepcopy(encoder), s.n_in, px))  # a copy: how the arm trains stays its own
+def features(encoder, dl, s):
+    net = to_channels_last(reader(copy.deepcopy(encoder), s.n_in))  # a copy: how the arm trains stays its own
     return extract_features(net, dl, progress=False)
 
 class Pixels(nn.Module):
@@ -86,9 +79,9 @@ def among(fs):
 # --- time -------------------------------------------------------------------------------------------------------------
 class Watch(Stopwatch):
     "Training time of one thread, loading included and measuring not; the accuracy at each quarter, the best encoder"
-    def __init__(self, encoder, dl, s, seconds, px=None, quarters=4):
+    def __init__(self, encoder, dl, s, seconds, quarters=4):
         super().__init__(encoder, dl)
-        self.s,self.seconds,self.px,self.marks,self.points,self.best = s,seconds,px,quarters,[],None
+        self.s,self.seconds,self.marks,self.points,self.best = s,seconds,quarters,[],None
     def step(self):
         "Call it after each step; says whether the time is over"
         if self.cpu+self.cpu_now()-self.c<self.seconds*(len(self.points)+1)/self.marks: return False
@@ -97,7 +90,7 @@ class Watch(Stopwatch):
         self.start()
         return len(self.points)>=self.marks
     def measure(self):
-        knn = among(features(self.encoder, self.dls, self.s, self.px))
+        knn = among(features(self.encoder, self.dls, self.s))
         if self.best is None or knn>=self.best[0]: self.best = knn,copy.deepcopy(self.encoder.state_dict())
         self.points.append(dict(cpu=self.cpu, wall=self.wall, among=knn))
 
@@ -154,7 +147,7 @@ def this_package(s, seed, seconds, **settings):
     n_epoch = max(1, int(seconds/secs/len(dls.train)))
     set_seed(seed)
     learn = our_learner(dls, s, **settings)
-    watch = Watch(learn.model.encoder, dls.train, s, seconds, recipe_px(s))
+    watch = Watch(learn.model.encoder, dls.train, s, seconds)
     learn.add_cb(FitWatch(watch))
     watch.start()
     learn.fit_one_cycle(n_epoch, learn.lr)
@@ -249,12 +242,12 @@ def neighbors(train, valid, more=''):
 def measured(out, data, s, arm, seed, length, todo=True):
     """What the test images say: 20-NN, plain and whitened, of whole images and of the quarters of each, of the last
     stage and of three side by side; a probe on all labels; and few labels"""
-    base,px = base_key(out, data, s, arm, seed, length),read_px(arm, s)
+    base = base_key(out, data, s, arm, seed, length)
     if base is None: return None
     def f():
         dls,encoder = s.make(s, seed),None if arm=='raw pixels' else new_encoder(s, seed)
         if arm in arms: encoder.load_state_dict(load_file(weights_file(out, data, arm, seed, length)))
-        def fs(dl): return pixels(dl) if encoder is None else features(encoder, dl, s, px)
+        def fs(dl): return pixels(dl) if encoder is None else features(encoder, dl, s)
         train,valid = map(fs, dls)
         r = neighbors(train, valid)|dict(probe=linear_probe(train, valid).top1)
         r['wholly'] = knn_accuracy(train, valid, whiten=Whitening.fit(train[0], shrink=0.))
@@ -270,13 +263,13 @@ def measured(out, data, s, arm, seed, length, todo=True):
             if encoder is None: continue
             set_seed(seed)
             labeled = with_labels(s.make(s, seed), idxs)
-            learn = tuned_learner(reader(encoder, s.n_in, px), labeled, epochs, arm in arms)
+            learn = tuned_learner(reader(encoder, s.n_in), labeled, epochs, arm in arms)
             r[f'tuned {n}'] = accuracy_of(learn)
             (x,_),tuned_valid = (extract_features(learn.model.encoder, dl, progress=False) for dl in dls)
             r[f'both {n}'] = spread_probe((x,some), tuned_valid).top1
         return r|dict(machine=[*machine('cpu')])
-    key = dict(base=base, arm=arm, px=px,
-               version=version(measured, few_probe, tuned_learner, Pixels, 'evaluate', 'grid', 'spread', 'whitening'))
+    key = dict(base=base, arm=arm, version=version(measured, few_probe, tuned_learner, Pixels, 'evaluate', 'grid',
+                                                   'spread', 'whitening'))
     return piece(out, file_name(data, arm, seed, length)+'-test', key, f if todo else None)
 
 def train_and_measure(out, data, s, arm, seed, length):

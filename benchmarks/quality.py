@@ -54,9 +54,9 @@ def quiet(learn):
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
     return learn
 
-def reader(encoder, n_in, px=None):
-    "An encoder of images in [0,1], which it scales to `px` pixels and normalizes as the recipe does"
-    return AsTrained(encoder, size=px, stats=imagenet_stats if n_in==3 else None)
+def reader(encoder, n_in):
+    "An encoder of images in [0,1] of their own size, which it normalizes as the recipe does"
+    return AsTrained(encoder, stats=imagenet_stats if n_in==3 else None)
 
 def features(dls, encoder=None):
     "(features, labels) of both parts; of pixels where there is no encoder"

@@ -186,14 +186,14 @@ def test_a_watch_ends_after_its_time_and_keeps_the_best(monkeypatch):
     assert [o['cpu'] for o in watch.points]==pytest.approx([1.25,2.25,3.25,4.25])  # one more look each
     assert watch.best[0]==.8 and watch.best[1]['weight'].item()==1
 
-def test_an_encoder_reads_images_normalized_and_at_its_size():
+def test_an_encoder_reads_images_normalized():
     seen = []
     class Encoder(torch.nn.Module):
         def forward(self, x): return seen.append(x) or x.flatten(1)
     white = torch.utils.data.DataLoader(torch.ones(4, 3, 16, 16), batch_size=4)
-    clock.features(Encoder(), white, clock.datasets['clip art'], 8)
+    clock.features(Encoder(), white, clock.datasets['clip art'])
     mean,std = (torch.tensor(o).view(-1, 1, 1) for o in imagenet_stats)
-    torch.testing.assert_close(seen[0], ((1-mean)/std).expand(4, 3, 8, 8))
+    torch.testing.assert_close(seen[0], ((1-mean)/std).expand(4, 3, 16, 16))
 
 def test_few_of_classes_that_have_fewer():
     y = torch.tensor([0]*5+[1]*2+[2]*9)
