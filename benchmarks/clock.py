@@ -226,9 +226,8 @@ def pretrained(out, data, s, arm, seed, length, todo=True):
     own = [LightlyModel,Crops,SimCLR,lightly,loader] if arm.startswith('lightly') else ours
     key = dict(data=data, s=list(s[1:]), seed=seed, length=length,
                version=version(arms[arm], s.make, new_encoder, *own, 'data'))
-    name = file_name(data, arm, seed, length)
-    if todo and not path.exists(): (out/f'{name}.json').unlink(missing_ok=True)
-    return piece(out, name, key, f if todo else None)
+    if todo and not path.exists(): path.with_suffix('.json').unlink(missing_ok=True)
+    return piece(out, path.stem, key, f if todo else None)
 
 def base_key(out, data, s, arm, seed, length):
     "What a measurement starts from; None where its training is still to do"
@@ -392,9 +391,10 @@ def main(argv=None):
         warnings.simplefilter('ignore')
         do_pieces([partial(train_and_measure, out, *o) for o in todo], args.minutes)
     texts = {k: t for k,s in sets.items() if (t := report(out, k, s, max(args.seeds)+1, lengths))}
-    print('\n\n'.join(texts.values()))
+    text = '\n\n'.join(texts.values())
+    print(text)
     if args.write:
         for k,t in texts.items(): keep(k, t, curve(out, k, sets[k], max(args.seeds)+1, lengths))
-    return '\n\n'.join(texts.values())
+    return text
 
 if __name__=='__main__': main()
