@@ -93,9 +93,9 @@ def _stride_at(encoder, size, n_in):
     return None if refused else math.prod(strides.values())
 
 def _whole_crops(recipe, encoder, n_in, size):
-    "Crops as large as the images, where smaller ones, which the recipe has, would be about a cell for `encoder`"
+    "Crops as large as the images, where those of less than half of the recipe would be about a cell for `encoder`"
     crops = recipe['augs']['crop_sizes']
-    if 'features' not in recipe: return
+    if 'features' not in recipe or 2*max(crops)>size: return
     stride = _stride_at(encoder, size, n_in)
     if stride is None or max(crops)>=1.5*stride: return
     recipe.put('augs', 'crop_sizes', tuple(round(o*size/max(crops)) for o in crops),
