@@ -209,7 +209,9 @@ arms = {'this package': this_package, 'lightly SwAV': lightly_swav, 'lightly Sim
 baselines = 'raw pixels','untrained encoder'
 
 # --- pieces that are done once ----------------------------------------------------------------------------------------
-def file_name(data, arm, seed, length): return f'{data}-{arm}-{length:g}-{seed}'.replace(' ', '-').lower()
+def in_file_name(s): return s.replace(' ', '-').lower()
+
+def file_name(data, arm, seed, length): return in_file_name(f'{data}-{arm}-{length:g}-{seed}')
 
 def weights_file(out, *of): return out/(file_name(*of)+'.safetensors')
 
@@ -226,8 +228,7 @@ def pretrained(out, data, s, arm, seed, length, todo=True):
     own = [LightlyModel,Crops,SimCLR,lightly,loader] if arm.startswith('lightly') else ours
     key = dict(data=data, s=list(s[1:]), seed=seed, length=length,
                version=version(arms[arm], s.make, new_encoder, *own, 'data'))
-    if todo and not path.exists(): path.with_suffix('.json').unlink(missing_ok=True)
-    return piece(out, path.stem, key, f if todo else None)
+    return piece(out, path.stem, key, f if todo else None, anew=todo and not path.exists())
 
 def base_key(out, data, s, arm, seed, length):
     "What a measurement starts from; None where its training is still to do"
@@ -365,7 +366,7 @@ def curve(out, data, s, seeds, lengths):
 
 def keep(data, text, fig):
     "The tables of a data set between its markers in README.md, its picture beside it"
-    path = here/f"clock-{data.replace(' ', '-').lower()}.png"
+    path = here/f'clock-{in_file_name(data)}.png'
     fig.savefig(path, dpi=80)
     head,rest = text.split('\n\n', 1)
     alt = f'{data}: accuracy over seconds of training, a line for each training of this package and of lightly'

@@ -189,10 +189,11 @@ def version(*objects):
         h.update(ast.dump(tree).encode())
     return h.hexdigest()[:12]
 
-def piece(out, name, key, f):
-    "What `f` gives, from the file of the last time where `key` is the same"
+def piece(out, name, key, f, anew=False):
+    "What `f` gives, from the file of the last time where `key` is the same, unless `anew`"
     path = out/f"{name.replace(' ', '-')}.json"
-    if path.exists() and (old := json.loads(path.read_text()))['key']==json.loads(json.dumps(key)): return old
+    old = json.loads(path.read_text()) if path.exists() and not anew else {}
+    if old.get('key')==json.loads(json.dumps(key)): return old
     if f is None: return None
     print(f'{name} ...', file=sys.stderr, flush=True)
     start,cpu = time.perf_counter(),sum(os.times()[:4])
