@@ -26,6 +26,7 @@ from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe
 from self_supervised_swav.learner import swav_learner
+from self_supervised_swav.whitening import Whitening
 
 here = Path(__file__).resolve().parent
 
@@ -187,14 +188,6 @@ for _name in ('jitter 3x', 'crops 16', 'crops 22', 'temp 0.2', 'temp 0.15', 'eps
 levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
 levers['j2 crops 20+14'] = together('jitter 2x', 'crops 20+14')
 
-def whitened(train, valid):
-    "Features in the directions of the training features' PCA, at unit variance"
-    (x,y),(xv,yv) = train,valid
-    mean = x.double().mean(0)
-    w,v = torch.linalg.eigh((x.double()-mean).T @ (x.double()-mean)/len(x))
-    v = v[:,w>1e-8*w.max()]/w[w>1e-8*w.max()].sqrt()
-    return [(((o.double()-mean)@v).float(),t) for o,t in ((x,y),(xv,yv))]
-
 def few_probe(train, valid, n, seed):
     (x,y),idxs = train,few_label_idxs(train[1], n, seed=seed)
     return linear_probe((x[idxs],y[idxs]), valid, C=.01).top1
@@ -204,7 +197,8 @@ def measure(dls, learn_or_encoder):
     train,valid = (extract_features(learn_or_encoder, dl, progress=False) for dl in dls)
     few = dict(ten=statistics.mean(few_probe(train, valid, 10, s) for s in range(5)),
                sixty=statistics.mean(few_probe(train, valid, 60, s) for s in range(2))) if len(train[1])>5000 else {}
-    return dict(knn=knn_accuracy(train, valid), white=knn_accuracy(*whitened(train, valid)), **few)
+    white = knn_accuracy(train, valid, whiten=Whitening.fit(train[0], shrink=0.))
+    return dict(knn=knn_accuracy(train, valid), white=white, **few)
 
 class Clock(Callback):
     "CPU seconds of a fit, loading included"
