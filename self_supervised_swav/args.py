@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['loggers', 'finetune_ways', 'export_formats', 'option', 'check_arg', 'check_least', 'check_device', 'int_or_auto',
-           'MachineArgs', 'ImageArgs', 'PretrainArgs', 'EvaluateArgs', 'label_part', 'EmbedArgs', 'ReplayArgs',
-           'GroupArgs', 'SortArgs', 'ExploreArgs', 'SelectArgs', 'LabelArgs', 'FinetuneArgs', 'PredictArgs',
-           'ExportArgs', 'PrepareArgs', 'DoctorArgs', 'versions']
+           'MachineArgs', 'ImageArgs', 'PretrainArgs', 'FeatureArgs', 'EvaluateArgs', 'label_part', 'EmbedArgs',
+           'ReplayArgs', 'GroupArgs', 'SortArgs', 'ExploreArgs', 'SelectArgs', 'LabelArgs', 'FinetuneArgs',
+           'PredictArgs', 'ExportArgs', 'PrepareArgs', 'DoctorArgs', 'versions']
 
 # %% ../nbs/17_args.ipynb #3e387a7e
 import platform
@@ -146,8 +146,21 @@ class PretrainArgs(ImageArgs):
         self.settings = list(self.settings)
 
 # %% ../nbs/17_args.ipynb #77129b5c
+@dataclass(kw_only=True)
+class FeatureArgs(ImageArgs):
+    "Features"
+    # Those of the N x N cells of a grid over each image, side by side: similar images have the same things in the same
+    # places (not for transformers)
+    grid:int = option(1, metavar='N')
+    # Those of the last N stages, side by side: whitened, similar images are found more often (not for transformers)
+    stages:int = option(1, metavar='N')
+
+    def check(self):
+        super().check()
+        for o in ('grid','stages'): check_least(o, getattr(self, o), 1)
+
 @dataclass
-class EvaluateArgs(ImageArgs):
+class EvaluateArgs(FeatureArgs):
     "Compare pretrained encoders with raw pixels, an untrained encoder and training from scratch, on labels"
     # Folder of a run, or the file of its encoder; several: the first is what the others are compared with
     run:list = field(metadata=dict(nargs='+', type=str))
@@ -161,7 +174,8 @@ class EvaluateArgs(ImageArgs):
     k:int = option(20, metavar='N') # Nearest neighbors of the k-NN accuracy
     valid_pct:float = option(metavar='SHARE') # Share of the images held out (default: as in the run)
     n_images:int = option(metavar='N') # Take the labels from a random part of this many images (default: as in the run)
-    # File to write the figures to (default: evaluation.json in the folder of the run; of several runs none)
+    # File to write the figures to (default: evaluation.json in the folder of the run; of several runs, a grid
+    # or stages none)
     out:str = option(short='o', metavar='FILE')
 
     def check(self):
@@ -190,7 +204,7 @@ def label_part(
 
 # %% ../nbs/17_args.ipynb #c79dcc1e
 @dataclass
-class EmbedArgs(ImageArgs):
+class EmbedArgs(FeatureArgs):
     "Write the features of all images in a folder, with the names of their files"
     run:str # Folder of a run, or the file of its encoder
     folder:str # Folder of images, searched recursively; or shards, as 'x-{000..099}.tar'
@@ -198,16 +212,9 @@ class EmbedArgs(ImageArgs):
     # (needs pyarrow)
     out:str = option('features.npy', short='o', metavar='FILE')
     whiten:bool = False # Write whitened features, in which similar images are found more often
-    # Write the features of the N x N cells of a grid over each image: similar images have the same things in the same
-    # places (not for transformers)
-    grid:int = option(1, metavar='N')
-    # Write the features of the last N stages side by side: whitened, similar images are found more often (not for
-    # transformers)
-    stages:int = option(1, metavar='N')
 
     def check(self):
         super().check()
-        for o in ('grid','stages'): check_least(o, getattr(self, o), 1)
         check_arg('out', self.out, lambda o: str(o).endswith(('.npy','.csv','.parquet')),
                   'a file that ends in .npy, .csv or .parquet')
 

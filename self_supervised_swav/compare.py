@@ -8,6 +8,7 @@ __all__ = ['mean_ci', 'percent', 'points', 'Pixels', 'Evaluation', 'AsTrained', 
 # %% ../nbs/38_compare.ipynb #56e6a0b7
 import json, math, re, sys, time, warnings
 from collections import namedtuple
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -27,6 +28,7 @@ from .encoders import first_conv
 from .evaluate import (NoValidation, extract_features, few_label_idxs, few_label_learner,
                                            few_label_splits, knn_accuracy, largest_share, linear_probe)
 from .files import check_writable, file_digest, write_json
+from .grid import grid_features, stage_features
 from .models import in_eval
 from .precision import to_channels_last
 from .randomness import own_randomness
@@ -121,6 +123,9 @@ class Evaluation(dict):
         told = f"{seeds} seed{'s'*(seeds>1)}: no intervals, they need 3 seeds."
         if seeds>2: told = f"{seeds} seeds: mean and 95 % confidence interval over them."
         text = f"{told} {self['n_train']:,} labeled training images."
+        grid,stages = self.get('grid', 1),self.get('stages', 1)
+        of = [f'the last {stages} stages']*(stages>1)+[f'a grid of {grid} x {grid}']*(grid>1)
+        if of: text += f"\nProbes and neighbors of encoders: with the features of {' and '.join(of)}, side by side."
         if self['source']=='digits':
             text += ("\nRaw pixels nearly solve these digits once all labels are known: whether the pretraining is "
                      "worth it, the columns with few labels say.")
@@ -189,13 +194,13 @@ class _Entry(namedtuple('_Entry', 'name encoder dls settings')):
         device = next(o.parameters()).device
         return AsTrained(create_from_settings(self.settings), o.n_in, o.size, o.stats).to(device)
 
-    def check(self):
+    def check(self, reading):
         "Does the encoder take the images?"
         if len(self.dls.loaders)<2 or not len(self.dls.valid_ds):
             raise ValueError("valid_pct must be more than 0: there are no images to measure with")
         x = self.dls.valid.one_batch()[0][:2]
         try:
-            with in_eval(self.encoder): shape = tuple(self.encoder(x).shape)
+            with in_eval(self.encoder), reading(self.encoder): shape = tuple(self.encoder(x).shape)
         except Exception as e:  # every encoder rejects images in its own way
             raise ValueError(f"encoder {self.name!r} does not take images {tuple(x.shape[1:])}: {e}") from e
         if len(shape)!=2: raise ValueError(f"encoder {self.name!r} must give features (B,d), got shape {shape}")
@@ -203,9 +208,10 @@ class _Entry(namedtuple('_Entry', 'name encoder dls settings')):
 
 class _Comparison:
     "The measurements of `entries`: `jobs` lists them, each adds to `accuracy`"
-    def __init__(self, entries, labels, seeds, epochs, k):
+    def __init__(self, entries, labels, seeds, epochs, k, grid, stages):
         self.entries,self.labels,self.seeds,self.epochs,self.k = entries,labels,seeds,epochs,k
-        pixels = [e.check() for e in entries]
+        self.grid,self.stages = grid,stages
+        pixels = [e.check(self.reading) for e in entries]
         self.richest = entries[pixels.index(max(pixels))]
         self.y,self.yv = (labels_of(o) for o in (entries[0].dls.train_ds,entries[0].dls.valid_ds))
         self.parts = {o: label_part(o) for o in labels}
@@ -232,10 +238,19 @@ class _Comparison:
             res.setdefault(method, {}).setdefault(label, []).append(value)
         return res
 
+    @contextmanager
+    def reading(self, encoder):
+        "Within it the encoder gives the features that are asked for; pixels are as they are"
+        if isinstance(encoder, Pixels): yield
+        else:
+            with grid_features(encoder, self.grid), stage_features(encoder, self.stages): yield
+
     def measure_features(self, kind, encoder, dls, seeds):
         "k-NN and linear probe of one kind of features: with all labels, and with the few labels of `seeds`"
-        try: (x,y),valid = (extract_features(encoder, dl, progress=False, group=self.group)
-                            for dl in (dls.train,dls.valid))
+        try:
+            with self.reading(encoder):
+                (x,y),valid = (extract_features(encoder, dl, progress=False, group=self.group)
+                               for dl in (dls.train,dls.valid))
         except FloatingPointError as e: raise FloatingPointError(f"{kind}: {e}") from e
         if rank_here(): return
         parts = [(o,(x[idxs],y[idxs])) for (o,s),idxs in self.idxs.items() if s in seeds]
@@ -297,7 +312,8 @@ class _Comparison:
         kinds,trained = self.names()
         rows = [*(o for o,*_ in trained), *(f'{m}, {o}' for m in _measures for o in kinds), 'largest class']
         res = Evaluation(source=source, n_train=len(self.y), n_valid=len(self.yv), labels=[*self.labels,'all'],
-                         seeds=self.seeds, epochs=self.epochs, k=self.k, encoders=[e.name for e in self.entries],
+                         seeds=self.seeds, epochs=self.epochs, k=self.k, grid=self.grid, stages=self.stages,
+                         encoders=[e.name for e in self.entries],
                          alone=[e.name for e in self.entries if not e.kind],
                          accuracy={o: accuracy[o] for o in rows if o in accuracy})
         res['summary'] = {m: {o: dict(zip(('mean','ci95'), mean_ci(v))) for o,v in accs.items()}
@@ -372,7 +388,7 @@ def evaluate_run(
     args, # `EvaluateArgs`, or only its `run`: one or several
     source=None, # Images with labels, if `args` is the run
     **kwargs # Other arguments of `EvaluateArgs`, if `args` is the run
-)->Evaluation: # Of a single run also in evaluation.json beside the encoder
+)->Evaluation: # Of a single run, without `grid` and `stages`, also in evaluation.json beside the encoder
     """Compare the encoders of runs with pixels, with untrained encoders and with training from scratch
 
     What `swav evaluate` does.
@@ -382,10 +398,11 @@ def evaluate_run(
     if not isinstance(args, EvaluateArgs):
         args = EvaluateArgs(args, source if source is None else str(source), **kwargs)
     start,files = time.time(),_Files(args)
-    out = args.out if args.out or len(args.run)>1 else files.paths[0].parent/'evaluation.json'
+    usual = len(args.run)==args.grid==args.stages==1
+    out = files.paths[0].parent/'evaluation.json' if usual and not args.out else args.out
     if out is not None: decided_by_first(lambda: check_writable(Path(out).parent))
     check_alike('the same encoders', {o.name: file_digest(o)[:16] for o in files.paths} if world() else {})
-    todo = _Comparison(files.entries(), args.labels, args.seeds, args.epochs, args.k)
+    todo = _Comparison(files.entries(), args.labels, args.seeds, args.epochs, args.k, args.grid, args.stages)
     res = todo.run(files.first.source)
     if out is not None and rank_here()==0:
         write_json(res | dict(secs=round(time.time()-start), versions=versions()), Path(out))
@@ -420,7 +437,9 @@ def compare_encoders(
     seeds:int=5, # Draws of the few labels, and untrained encoders; 95 % intervals need 3 or more
     epochs:int=0, # Epochs of fine-tuning and of training from scratch on the few labels; 0 for neither
     k:int=20, # Nearest neighbors of the k-NN accuracy
-    size:int|None=None # Shorter side of the images, px, for all encoders (default: what each was trained on)
+    size:int|None=None, # Shorter side of the images, px, for all encoders (default: what each was trained on)
+    grid:int=1, # Probes and neighbors with features of the cells of a grid of so many by so many, see `grid_features`
+    stages:int=1 # The same with features of so many last stages side by side, see `stage_features`
 )->Evaluation: # Prints as two tables: accuracies, and what each encoder gains over the first
     """Encoders beside each other, raw and whitened pixels and untrained encoders, on the same images and labels
 
@@ -431,7 +450,8 @@ def compare_encoders(
     """
     if not isinstance(encoders, dict) or not encoders:
         raise ValueError(f"encoders must be a dict of names and encoders, got {encoders!r:.80}")
-    for name,value,least in (('seeds',seeds,1), ('epochs',epochs,0), ('k',k,1)): check_least(name, value, least)
+    for name,value,least in (('seeds',seeds,1), ('epochs',epochs,0), ('k',k,1), ('grid',grid,1), ('stages',stages,1)):
+        check_least(name, value, least)
     check_arg('epochs', epochs, lambda o: not 0<o<3, '0 or at least 3')
     check_least('size', size, 8)
     labels = [str(o) for o in listify(labels)]
@@ -442,4 +462,4 @@ def compare_encoders(
     device = dls.device or default_device()
     with own_randomness(0, *dls.loaders):
         entries = [_entry_of(*o, dls, device, size) for o in encoders.items()]
-        return _Comparison(entries, labels, seeds, epochs, k).run('dls')
+        return _Comparison(entries, labels, seeds, epochs, k, grid, stages).run('dls')
