@@ -90,6 +90,14 @@ def test_figures_are_those_of_the_benchmarks():
     figures = re.findall(r'(\d+\.\d)%', table)
     assert len(figures) > 10 and set(figures) <= measured
 
+def test_figures_of_clip_art_are_those_of_the_benchmarks():
+    drawings = next(o for o in re.split(r'\n\n', text) if 'drawings of clip art' in o)
+    written = (root/'benchmarks'/'README.md').read_text(encoding='utf-8').split('<!-- clock, clip art:')[1]
+    neighbors = [o.split('|')[2] for o in written.splitlines() if o.startswith('| ') and ' / ' in o.split('|')[2]]
+    measured = {o for cell in neighbors for o in re.findall(r'(?<!± )\d+\.\d', cell)}
+    figures = re.findall(r'\d+\.\d', drawings)
+    assert len(figures) == 10 and set(figures) <= measured
+
 def test_citation():
     "What GitHub and `cffconvert` require, for the version that this is"
     cff = yaml.safe_load((root/'CITATION.cff').read_text(encoding='utf-8'))
