@@ -96,7 +96,7 @@ def test_figures_of_clip_art_are_those_of_the_benchmarks():
     neighbors = [o.split('|')[2] for o in written.splitlines() if o.startswith('| ') and ' / ' in o.split('|')[2]]
     measured = {o for cell in neighbors for o in re.findall(r'(?<!± )\d+\.\d', cell)}
     figures = re.findall(r'\d+\.\d', drawings)
-    assert len(figures) == 10 and set(figures) <= measured
+    assert len(figures) == 14 and set(figures) <= measured
 
 def test_citation():
     "What GitHub and `cffconvert` require, for the version that this is"
