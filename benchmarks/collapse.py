@@ -57,7 +57,7 @@ def run(name, seed, epochs=None):
         alarms=len(learn.collapse_monitor.alarms), seconds=seconds)
 
 def collapsed(r):
-    "An alarm, a loss that stays at ln K, or features that know less than before"
+    "An alarm, a loss that stays at ln K, or features that know no more than before"
     return r['alarms']>0 or r['last']>=.95 or r['trained']<=r['untrained']
 
 columns = ('data','seed','epochs','steps','prototypes','loss/ln K, first epoch','last epoch',
