@@ -364,15 +364,25 @@ def curve(out, data, s, seeds, lengths):
     fig.legend(loc='lower center', ncols=3, frameon=False)
     return fig
 
+def n_measured(text):
+    "Measurements in its tables: the sum of the column `seeds`"
+    return sum(map(int, re.findall(r'\| (\d+) \|$', text, flags=re.M)))
+
 def keep(data, text, fig):
-    "The tables of a data set between its markers in README.md, its picture beside it"
-    path = here/f'clock-{in_file_name(data)}.png'
+    """The tables of a data set between its markers in README.md, its picture beside it
+
+    Tables of more measurements stay: their pieces may be on another machine."""
+    readme,path = here/'README.md',here/f'clock-{in_file_name(data)}.png'
+    mark = f'<!-- clock, {data}: '
+    begin,end = f'{mark}written by `python benchmarks/clock.py --write` -->',f'{mark}end -->'
+    there,here_now = (n_measured(o) for o in (readme.read_text().split(begin)[1].split(end)[0], text))
+    if here_now<there:
+        print(f'{data}: not written, README.md has {there} measurements and these are {here_now}')
+        return
     fig.savefig(path, dpi=80)
     head,rest = text.split('\n\n', 1)
     alt = f'{data}: accuracy over seconds of training, a line for each training of this package and of lightly'
-    mark = f'<!-- clock, {data}: '
-    write_between(here/'README.md', f'{mark}written by `python benchmarks/clock.py --write` -->', f'{mark}end -->',
-                  f'{head}\n\n![{alt}]({path.name})\n\n{rest}')
+    write_between(readme, begin, end, f'{head}\n\n![{alt}]({path.name})\n\n{rest}')
 
 def main(argv=None):
     p = parser_of_pieces(__doc__, 'clock')

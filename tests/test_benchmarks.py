@@ -170,6 +170,22 @@ def test_clock_gives_a_row_for_each_arm_once(tmp_path, monkeypatch):
     next(tmp_path.glob('quick/*simclr*-test.json')).unlink()  # to be measured again, by weights that are not here
     with pytest.raises(TypeError): clock.main(again)
 
+def test_tables_of_more_measurements_stay(tmp_path, monkeypatch, capsys):
+    "The pieces of a data set may have been made on a machine that is gone"
+    def tables(*seeds):
+        rows = '\n'.join(f'| an arm | 81.{i} | {n} |' for i,n in enumerate(seeds))
+        return f'digits\n\n{rows}\n\n| 10 labels | 75.2 |'
+    readme = tmp_path/'README.md'
+    readme.write_text('<!-- clock, digits: written by `python benchmarks/clock.py --write` -->\n'
+                      '<!-- clock, digits: end -->\n')
+    monkeypatch.setattr(clock, 'here', tmp_path)
+    for seeds,kept in ((1,3),True),((3,),False),((2,2),True):
+        before = readme.read_text()
+        clock.keep('digits', tables(*seeds), clock.plt.figure())
+        assert (tables(*seeds)[8:] in readme.read_text())==kept and (readme.read_text()!=before)==kept
+        assert capsys.readouterr().out==('' if kept else
+                                         'digits: not written, README.md has 4 measurements and these are 3\n')
+
 def test_a_watch_ends_after_its_time_and_keeps_the_best(monkeypatch):
     "Each look at the clock takes a quarter of a second; the second of four measurements is the best"
     now,found = iter(range(100)),iter([.5,.8,.6,.7])
