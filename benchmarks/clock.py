@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from harness import do_pieces, line, machine, parse_pieces, parser_of_pieces, write_between
+from harness import do_pieces, line, machine, parse_pieces, parser_of_pieces, split_at, write_between
 from quality import (Watch as Stopwatch, Crops, LightlyModel, accuracy_of, few_probe, fmt, piece, quiet, reader,
                      tuned_learner, version)
 from selection import clipart
@@ -375,10 +375,8 @@ def keep(data, text, fig):
     readme,path = here/'README.md',here/f'clock-{in_file_name(data)}.png'
     mark = f'<!-- clock, {data}: '
     begin,end = f'{mark}written by `python benchmarks/clock.py --write` -->',f'{mark}end -->'
-    there,here_now = (n_measured(o) for o in (readme.read_text().split(begin)[1].split(end)[0], text))
-    if here_now<there:
-        print(f'{data}: not written, README.md has {there} measurements and these are {here_now}')
-        return
+    there,new = n_measured(split_at(readme, begin, end)[1]),n_measured(text)
+    if new<there: return print(f'{data}: not written, README.md has {there} measurements and these are {new}')
     fig.savefig(path, dpi=80)
     head,rest = text.split('\n\n', 1)
     alt = f'{data}: accuracy over seconds of training, a line for each training of this package and of lightly'

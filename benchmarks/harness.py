@@ -152,8 +152,12 @@ def made_on(device='cpu', more=''):
     "When and where figures were made: the date and what else there is to say, then a list of the machine"
     return f'{date.today()}{more}\n\n' + '\n'.join(f'- {o}' for o in machine(device))
 
+def split_at(path, begin, end):
+    "The text of the file before, between and after two markers"
+    head,rest = path.read_text().split(begin, 1)
+    return head,*rest.split(end, 1)
+
 def write_between(path, begin, end, text):
     "Put `text` between two markers of the file"
-    s = path.read_text()
-    head,rest = s.split(begin)[0],s.split(end)[1]
+    head,_,rest = split_at(path, begin, end)
     path.write_text(f'{head}{begin}\n\n{text}\n\n{end}{rest}')
