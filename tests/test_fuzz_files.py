@@ -23,6 +23,7 @@ from self_supervised_swav.shards import Shards, make_index, read_index, write_in
 from self_supervised_swav.whitening import Whitening
 
 warnings.simplefilter('ignore')
+pytestmark = pytest.mark.filterwarnings('ignore') # pytest sets its own for each test
 folder = Path(tempfile.mkdtemp())
 
 def encoder():
