@@ -91,18 +91,60 @@ class FirstProtos(Callback):
         model.prototypes.weight.copy_(c)
 FirstProtos.order = 9
 
-class SmallFirst(Callback):
-    "Smaller crops in the first part of a fit"
+class CropsFirst(Callback):
+    "Crops of other settings in the first part of a fit"
     order = 9
-    def __init__(self, px=14, pct=.6): self.px,self.pct = px,pct
+    def __init__(self, size=20, pct=.6, **settings): self.size,self.pct,self.settings = size,pct,settings
     def before_fit(self):
-        self.whole = self.learn.swav.aug_pipelines
-        aug = self.whole[0].fs[0].aug
-        small = BatchAugment(type(aug)(**aug.settings | dict(size=self.px)))
-        self.small = [Pipeline([small], split_idx=0) for _ in self.whole]
+        self.usual = self.learn.swav.aug_pipelines
+        aug = self.usual[0].fs[0].aug
+        first = BatchAugment(type(aug)(**aug.settings | dict(size=self.size) | self.settings))
+        self.first = [Pipeline([first], split_idx=0) for _ in self.usual]
     def before_batch(self):
-        self.learn.swav.aug_pipelines = self.small if self.learn.pct_train<self.pct else self.whole
-    def after_fit(self): self.learn.swav.aug_pipelines = self.whole
+        self.learn.swav.aug_pipelines = self.first if self.learn.pct_train<self.pct else self.usual
+    def after_fit(self): self.learn.swav.aug_pipelines = self.usual
+
+class CodesOfAverage(Callback):
+    "Codes by a moving average of the model"
+    order = 80
+    def __init__(self, decay=.99): self.decay = decay
+    def before_fit(self):
+        self.mean = copy.deepcopy(self.learn.model).requires_grad_(False)
+        self.learn.swav.get_codes = self.codes
+    @torch.no_grad()
+    def codes(self, scores):
+        swav,n = self.learn.swav,len(self.learn.swav.crop_assgn_ids)
+        with torch.autocast('cpu', torch.bfloat16): slow = self.mean(self.learn.xb[0][:n])[1]
+        return type(swav).get_codes(swav, slow.float().unflatten(0, (n,-1)))
+    @torch.no_grad()
+    def after_step(self):
+        for m,v in zip(self.mean.parameters(), self.learn.model.parameters()): m.lerp_(v, 1-self.decay)
+    def after_fit(self): del self.learn.swav.get_codes
+
+class EpsOver(Callback):
+    "`eps` from one value to another over the fit"
+    def __init__(self, start, end): self.start,self.end = start,end
+    def before_batch(self): self.learn.swav.eps = self.start+(self.end-self.start)*self.learn.pct_train
+
+class KoLeo(Callback):
+    "Prototypes that lie close push each other apart (arXiv 2410.14060)"
+    def __init__(self, weight=.1): self.weight = weight
+    def after_loss(self):
+        c = F.normalize(self.learn.model.prototypes.weight, dim=1)
+        nearest = (c @ c.T - 2*torch.eye(len(c))).max(1).values
+        self.learn.loss_grad = self.learn.loss_grad - self.weight*(2-2*nearest).clamp(min=1e-6).sqrt().log().mean()
+
+class OwnProtos(Callback):
+    "Prototypes are moving means of the embeddings that they are the codes of; no gradient reaches them (2510.20108)"
+    order = 5  # before they are normalized
+    def __init__(self, decay=.98): self.decay = decay
+    def before_step(self): self.learn.model.prototypes.weight.grad = None
+    @torch.no_grad()
+    def after_step(self):
+        codes = self.learn.swav.codes
+        embedding = self.learn.pred[0].float().unflatten(0, (-1,codes.shape[1]))[:len(codes)]
+        means = F.normalize(torch.einsum('abk,abd->kd', codes, embedding), dim=1)
+        self.learn.model.prototypes.weight.lerp_(means, 1-self.decay)
 
 class Kornia(Transform):
     "An operation of kornia on crops in [0,1]: those of one channel are not normalized"
@@ -114,6 +156,14 @@ def muon(params, **kwargs):
     "Muon for the weights of layers, AdamW for all else"
     from timm.optim import Muon
     return OptimWrapper(params, Muon, nesterov=True, weight_decay=kwargs.pop('wd', .01), **kwargs)
+
+def lars(params, **kwargs):
+    "As in the paper: LARS, momentum, hardly any weight decay"
+    from timm.optim import Lars
+    kwargs.pop('wd')
+    return OptimWrapper(params, Lars, momentum=.9, weight_decay=1e-6, **kwargs)
+
+def one_cycle(learn, n, lr, **kwargs): learn.fit_one_cycle(n, lr_max=lr, **kwargs)
 
 # --- the levers -------------------------------------------------------------------------------------------------------
 small = dict(layers=(1,1,1,1))
@@ -160,7 +210,18 @@ levers['j2 b64 crops 20+14 lr 2x'] = together('jitter 2x', 'batch 64', 'crops 20
 levers['two crops now'] = together('jitter 2x', 'batch 64', 'crops 20+14', 'lr 2x', 'two crops')
 _now = 'jitter 2x','batch 64','crops 20+14','lr 2x','two crops'
 levers |= { # what else is tried with two crops alone
-    'small first': dict(cbs=[SmallFirst], epochs=1.4),
+    'small first': dict(cbs=[partial(CropsFirst, size=14)], epochs=1.4),
+    'milder first': dict(cbs=[partial(CropsFirst, gamma_p=.4, jitter=(.2,.2,.2,.05))]),
+    'codes of an average': dict(cbs=[CodesOfAverage]),
+    'eps falls': dict(cbs=[partial(EpsOver, .08, .03)]), 'eps rises': dict(cbs=[partial(EpsOver, .03, .08)]),
+    'prototypes apart': dict(cbs=[KoLeo]), 'prototypes on their own': dict(cbs=[OwnProtos]),
+    'lars': dict(opt=lars, lr=75.), 'lars, 4x': dict(opt=lars, lr=300.),
+    'short warm-up': dict(fit=partial(one_cycle, pct_start=.1)),
+    'long warm-up': dict(fit=partial(one_cycle, pct_start=.5)),
+    'flat, then cosine': dict(fit=lambda learn,n,lr: learn.fit_flat_cos(n, lr)),
+    'flat': dict(fit=lambda learn,n,lr: learn.fit(n, lr)),
+    'batch 256': dict(bs=4), 'float32': dict(set=dict(bf16=False)),
+    'eight crops alike': dict(set=dict(num_crops=(8,0), crop_assgn_ids=[*range(8)]), bs=.5, epochs=.25),
     'batch 32': dict(bs=.5), 'batch 128': dict(bs=2), 'wd 0.1': dict(set=dict(wd=.1)), 'wd 0': dict(set=dict(wd=0.)),
     'queue': dict(set=dict(K=256)), 'eps 0.03': dict(set=dict(eps=.03)), 'temp 0.15': dict(set=dict(temp=.15)),
     'crops 22': dict(set=dict(crop_sizes=(22,14)), epochs=.83),
@@ -177,12 +238,17 @@ levers |= { # what else is tried with two crops alone
     'rotation': dict(set=dict(rotate=True, rotate_deg=15)),
     'muon': dict(opt=muon),
     'areas from 0.3': dict(set=dict(min_scales=(.3,.15)))}
-for _name in ('jitter 3x', 'crops 16', 'crops 22', 'temp 0.2', 'temp 0.15', 'eps 0.05', 'eps 0.03', '4x prototypes',
-              'prototypes by k-means', 'averaged weights', 'small first', 'batch 32', 'batch 128',
-              'wd 0.1', 'wd 0', 'queue', 'deep projector', 'areas from 0.3', 'wide projector',
-              'four crops alike', 'erasing', 'gamma', 'gamma first', 'gamma, jitter as it is',
-              'solarization', 'rotation', 'muon', 'lr 2x', '8 small crops', 'frozen less',
-              'half the prototypes', 'twice the prototypes'):
+of_two = [
+    'milder first', 'codes of an average', 'eps falls', 'eps rises', 'prototypes apart', 'prototypes on their own',
+    'lars', 'lars, 4x', 'short warm-up', 'long warm-up', 'flat, then cosine', 'flat', 'batch 256', 'float32',
+    'eight crops alike',
+    'jitter 3x', 'crops 16', 'crops 22', 'temp 0.2', 'temp 0.15', 'eps 0.05', 'eps 0.03', '4x prototypes',
+    'prototypes by k-means', 'averaged weights', 'small first', 'batch 32', 'batch 128',
+    'wd 0.1', 'wd 0', 'queue', 'deep projector', 'areas from 0.3', 'wide projector',
+    'four crops alike', 'erasing', 'gamma', 'gamma first', 'gamma, jitter as it is',
+    'solarization', 'rotation', 'muon', 'lr 2x', '8 small crops', 'frozen less',
+    'half the prototypes', 'twice the prototypes']
+for _name in of_two:
     levers[f'now {_name}'] = together(*_now, _name)
     levers[f'gamma {_name}'] = together(*_now, 'gamma first', _name)
 levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
@@ -220,7 +286,7 @@ def run(data, lever, seed, length=1.):
     if 'opt' in lever: settings['opt_func'] = partial(lever['opt'], wd=.01)
     learn = swav_learner(dls, 'resnet18', encoder=small|dict(channels=channels), cbs=cbs, **settings)
     learn.remove_cb(ProgressCallback).logger = lambda *_: None
-    learn.fit_one_cycle(epochs, lr_max=1e-3*(bs/64)**.5*lever.get('lr', 1))
+    lever.get('fit', one_cycle)(learn, epochs, 1e-3*(bs/64)**.5*lever.get('lr', 1))
     encoder = learn.model.encoder
     return encoder,dict(cpu=clock.cpu, epochs=epochs, bs=bs,
                         loss=learn.collapse_monitor.history['loss/lnK'][-1],
