@@ -251,6 +251,7 @@ of_two = [
 for _name in of_two:
     levers[f'now {_name}'] = together(*_now, _name)
     levers[f'gamma {_name}'] = together(*_now, 'gamma first', _name)
+levers['gamma flat, then cosine, lr 2x'] = together(*_now, 'gamma first', 'flat, then cosine', 'lr 2x')
 levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
 levers['j2 crops 20+14'] = together('jitter 2x', 'crops 20+14')
 
