@@ -220,6 +220,7 @@ levers |= { # what else is tried with two crops alone
     'long warm-up': dict(fit=partial(one_cycle, pct_start=.5)),
     'flat, then cosine': dict(fit=lambda learn,n,lr: learn.fit_flat_cos(n, lr)),
     'flat': dict(fit=lambda learn,n,lr: learn.fit(n, lr)),
+    'warm-up, then cosine': dict(fit=lambda learn,n,lr: learn.fit_warmup_cos(n, lr)),
     'batch 256': dict(bs=4), 'float32': dict(set=dict(bf16=False)),
     'eight crops alike': dict(set=dict(num_crops=(8,0), crop_assgn_ids=[*range(8)]), bs=.5, epochs=.25),
     'batch 32': dict(bs=.5), 'batch 128': dict(bs=2), 'wd 0.1': dict(set=dict(wd=.1)), 'wd 0': dict(set=dict(wd=0.)),
@@ -240,8 +241,8 @@ levers |= { # what else is tried with two crops alone
     'areas from 0.3': dict(set=dict(min_scales=(.3,.15)))}
 of_two = [
     'milder first', 'codes of an average', 'eps falls', 'eps rises', 'prototypes apart', 'prototypes on their own',
-    'lars', 'lars, 4x', 'short warm-up', 'long warm-up', 'flat, then cosine', 'flat', 'batch 256', 'float32',
-    'eight crops alike',
+    'lars', 'lars, 4x', 'short warm-up', 'long warm-up', 'flat, then cosine', 'flat',
+    'warm-up, then cosine', 'batch 256', 'float32', 'eight crops alike',
     'jitter 3x', 'crops 16', 'crops 22', 'temp 0.2', 'temp 0.15', 'eps 0.05', 'eps 0.03', '4x prototypes',
     'prototypes by k-means', 'averaged weights', 'small first', 'batch 32', 'batch 128',
     'wd 0.1', 'wd 0', 'queue', 'deep projector', 'areas from 0.3', 'wide projector',
@@ -251,7 +252,8 @@ of_two = [
 for _name in of_two:
     levers[f'now {_name}'] = together(*_now, _name)
     levers[f'gamma {_name}'] = together(*_now, 'gamma first', _name)
-levers['gamma flat, then cosine, lr 2x'] = together(*_now, 'gamma first', 'flat, then cosine', 'lr 2x')
+for _name in ('flat, then cosine', 'warm-up, then cosine'):
+    levers[f'gamma {_name}, lr 2x'] = together(*_now, 'gamma first', _name, 'lr 2x')
 levers['j3 b64 crops 20+14'] = together('jitter 3x', 'batch 64', 'crops 20+14')
 levers['j2 crops 20+14'] = together('jitter 2x', 'crops 20+14')
 
