@@ -26,6 +26,7 @@ from self_supervised_swav.data import digits_dls, fashion_mnist_dls, tensor_dls
 from self_supervised_swav.encoders import create_encoder
 from self_supervised_swav.evaluate import NoValidation, extract_features, few_label_idxs, knn_accuracy, linear_probe
 from self_supervised_swav.learner import swav_learner
+from self_supervised_swav.precision import is_fast
 from self_supervised_swav.whitening import Whitening
 
 here = Path(__file__).resolve().parent
@@ -94,11 +95,12 @@ FirstProtos.order = 9
 class CropsFirst(Callback):
     "Crops of other settings in the first part of a fit"
     order = 9
-    def __init__(self, size=20, pct=.6, **settings): self.size,self.pct,self.settings = size,pct,settings
+    def __init__(self, pct=.6, **settings): self.pct,self.settings = pct,settings
     def before_fit(self):
         self.usual = self.learn.swav.aug_pipelines
         aug = self.usual[0].fs[0].aug
-        first = BatchAugment(type(aug)(**aug.settings | dict(size=self.size) | self.settings))
+        settings = dict(size=self.learn.swav.views.sizes[0]) | aug.settings | self.settings
+        first = BatchAugment(type(aug)(**settings))
         self.first = [Pipeline([first], split_idx=0) for _ in self.usual]
     def before_batch(self):
         self.learn.swav.aug_pipelines = self.first if self.learn.pct_train<self.pct else self.usual
@@ -106,7 +108,7 @@ class CropsFirst(Callback):
 
 class CodesOfAverage(Callback):
     "Codes by a moving average of the model"
-    order = 80
+    order = 9  # before mixed precision wraps the `forward` of the model: a copy would call the model's
     def __init__(self, decay=.99): self.decay = decay
     def before_fit(self):
         self.mean = copy.deepcopy(self.learn.model).requires_grad_(False)
@@ -114,7 +116,8 @@ class CodesOfAverage(Callback):
     @torch.no_grad()
     def codes(self, scores):
         swav,n = self.learn.swav,len(self.learn.swav.crop_assgn_ids)
-        with torch.autocast('cpu', torch.bfloat16): slow = self.mean(self.learn.xb[0][:n])[1]
+        fast = torch.autocast('cpu', torch.bfloat16, enabled=is_fast(torch.bfloat16, 'cpu'))
+        with fast: slow = self.mean(self.learn.xb[0][:n])[1]
         return type(swav).get_codes(swav, slow.float().unflatten(0, (n,-1)))
     @torch.no_grad()
     def after_step(self):
@@ -209,7 +212,7 @@ for _name in [o for o in levers if o not in ('base','jitter 2x','jitter 3x','bat
 levers['j2 b64 crops 20+14 lr 2x'] = together('jitter 2x', 'batch 64', 'crops 20+14', 'lr 2x')
 levers['two crops now'] = together('jitter 2x', 'batch 64', 'crops 20+14', 'lr 2x', 'two crops')
 _now = 'jitter 2x','batch 64','crops 20+14','lr 2x','two crops'
-levers |= { # what else is tried with two crops alone
+of_two = { # what else is tried with two crops alone
     'small first': dict(cbs=[partial(CropsFirst, size=14)], epochs=1.4),
     'milder first': dict(cbs=[partial(CropsFirst, gamma_p=.4, jitter=(.2,.2,.2,.05))]),
     'codes of an average': dict(cbs=[CodesOfAverage]),
@@ -239,17 +242,9 @@ levers |= { # what else is tried with two crops alone
     'rotation': dict(set=dict(rotate=True, rotate_deg=15)),
     'muon': dict(opt=muon),
     'areas from 0.3': dict(set=dict(min_scales=(.3,.15)))}
-of_two = [
-    'milder first', 'codes of an average', 'eps falls', 'eps rises', 'prototypes apart', 'prototypes on their own',
-    'lars', 'lars, 4x', 'short warm-up', 'long warm-up', 'flat, then cosine', 'flat',
-    'warm-up, then cosine', 'batch 256', 'float32', 'eight crops alike',
-    'jitter 3x', 'crops 16', 'crops 22', 'temp 0.2', 'temp 0.15', 'eps 0.05', 'eps 0.03', '4x prototypes',
-    'prototypes by k-means', 'averaged weights', 'small first', 'batch 32', 'batch 128',
-    'wd 0.1', 'wd 0', 'queue', 'deep projector', 'areas from 0.3', 'wide projector',
-    'four crops alike', 'erasing', 'gamma', 'gamma first', 'gamma, jitter as it is',
-    'solarization', 'rotation', 'muon', 'lr 2x', '8 small crops', 'frozen less',
-    'half the prototypes', 'twice the prototypes']
-for _name in of_two:
+levers |= of_two
+for _name in (*of_two, 'jitter 3x', 'temp 0.2', 'eps 0.05', '4x prototypes', 'prototypes by k-means',
+              'averaged weights', 'lr 2x', '8 small crops', 'frozen less'):
     levers[f'now {_name}'] = together(*_now, _name)
     levers[f'gamma {_name}'] = together(*_now, 'gamma first', _name)
 for _name in ('flat, then cosine', 'warm-up, then cosine'):
