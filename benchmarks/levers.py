@@ -106,6 +106,23 @@ class CropsFirst(Callback):
         self.learn.swav.aug_pipelines = self.first if self.learn.pct_train<self.pct else self.usual
     def after_fit(self): self.learn.swav.aug_pipelines = self.usual
 
+class SmallLate(Callback):
+    "Two small crops more in the last part of a fit"
+    order = 9
+    def __init__(self, pct=.6, size=14, area=(.15,.51)): self.pct,self.size,self.area = pct,size,area
+    def before_fit(self):
+        self.usual = self.learn.swav.aug_pipelines
+        aug = self.usual[0].fs[0].aug
+        small = BatchAugment(type(aug)(**aug.settings | dict(size=self.size, scale=self.area)))
+        self.more = [*self.usual, *(Pipeline([small], split_idx=0) for _ in range(2))]
+    def before_batch(self):
+        self.learn.swav.aug_pipelines = self.usual if self.learn.pct_train<self.pct else self.more
+    def after_fit(self): self.learn.swav.aug_pipelines = self.usual
+
+class BatchGrows(Callback):
+    "Batches of half the size in the first half of the epochs, of twice the size in the second"
+    def before_epoch(self): self.dls.train.bs = [32,128][self.epoch>=self.n_epoch/2]
+
 class CodesOfAverage(Callback):
     "Codes by a moving average of the model"
     order = 9  # before mixed precision wraps the `forward` of the model: a copy would call the model's
@@ -215,6 +232,9 @@ _now = 'jitter 2x','batch 64','crops 20+14','lr 2x','two crops'
 of_two = { # what else is tried with two crops alone
     'small first': dict(cbs=[partial(CropsFirst, size=14)], epochs=1.4),
     'milder first': dict(cbs=[partial(CropsFirst, gamma_p=.4, jitter=(.2,.2,.2,.05))]),
+    'with 2 small crops': dict(set=dict(num_crops=(2,2)), epochs=.67),
+    'with 8 small crops': dict(set=dict(num_crops=(2,8)), epochs=.34),
+    'small crops late': dict(cbs=[SmallLate], epochs=.84), 'batch grows': dict(cbs=[BatchGrows]),
     'codes of an average': dict(cbs=[CodesOfAverage]),
     'eps falls': dict(cbs=[partial(EpsOver, .08, .03)]), 'eps rises': dict(cbs=[partial(EpsOver, .03, .08)]),
     'prototypes apart': dict(cbs=[KoLeo]), 'prototypes on their own': dict(cbs=[OwnProtos]),
