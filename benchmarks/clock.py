@@ -140,17 +140,17 @@ def our_learner(dls, s, **settings):
                               cbs=NoValidation(), **settings))
 
 def this_package(s, seed, seconds, **settings):
-    "`swav_learner`, its recipe and as many whole epochs as the time has"
+    "`swav_learner` and fastai's usual schedule; as many whole epochs as the time has"
     dls = s.make(s, seed)
     set_seed(seed)
     secs = secs_per_step(our_learner(dls, s, **settings))
     n_epoch = max(1, int(seconds/secs/len(dls.train)))
     set_seed(seed)
-    learn = our_learner(dls, s, n_epoch=n_epoch, **settings)
+    learn = our_learner(dls, s, **settings)
     watch = Watch(learn.model.encoder, dls.train, s, seconds)
     learn.add_cb(FitWatch(watch))
     watch.start()
-    learn.fit_recipe()
+    learn.fit_one_cycle(n_epoch, learn.lr)
     watch.stop()
     watch.measure()
     return watch,dict(epochs=n_epoch, loss=learn.collapse_monitor.history['loss/lnK'][-1],

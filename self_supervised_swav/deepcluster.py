@@ -368,7 +368,6 @@ def deepcluster_recipe(
     image_size, # Height and width of the images, or both as a tuple
     n_classes=None, # How many kinds of images are expected; None: a guess from `n_images`
     world_size=1, # Processes that train together
-    n_epoch=None, # Length of the fit, if it is decided
 ): # Keyword arguments, by the function that takes them, with their reasons
     """Hyper-parameters of DeepCluster-v2 for a data set
 
@@ -377,7 +376,7 @@ def deepcluster_recipe(
         r = deepcluster_recipe(n_images=50_000, bs=256, image_size=224)
         r['augs'],r.reasons['augs.num_crops']
     """
-    r = common_recipe('deepclusterv2', n_images, bs, image_size, n_classes, world_size, n_epoch)
+    r = common_recipe('deepclusterv2', n_images, bs, image_size, n_classes, world_size)
     swav = swav_recipe(n_images, bs, image_size, n_classes, world_size)
     n = max(2, min(swav['model']['n_protos'], n_images//4))
     r.put('model', 'n_protos', (n,)*3, "three heads, as in the paper, of as many prototypes as SwAV's: "

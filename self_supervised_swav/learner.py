@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 import timm, torch
 from torch import nn
-from fastcore.basics import listify, patch
+from fastcore.basics import listify
 from fastcore.meta import delegates, use_kwargs_dict
 from fastai.data.load import DataLoader
 from fastai.learner import Learner, defaults
@@ -230,24 +230,15 @@ def _first_images(dls, bs, n_images):
         raise ValueError(f"dls must give batches of images (B,C,H,W), got {got}")
     return x
 
-def _own_recipe(method, given, n_epoch=None, **data):
+def _own_recipe(method, given, **data):
     "The method's recipe for the data; settings that others follow from, such as `n_protos`, are passed to it"
     names = _argument_names(method.recipe)
-    if n_epoch is not None and 'n_epoch' in names: data['n_epoch'] = n_epoch
     decided = {n:v for g in ('model',method.name) for n,v in given[g].items() if n in names}
     return method.recipe(**data, **decided)
 
 def _check_recipe(method, recipe):
     others = [o for o in methods if o in recipe and o!=method]
     if others: raise ValueError(f"recipe must be one of {method}, got one of {', '.join(others)}")
-    _schedule(recipe)
-
-def _schedule(recipe):
-    "The method of `Learner` that fits as `recipe` says"
-    name,allowed = recipe.get('fit', {}).get('schedule', 'fit_one_cycle'),('fit','fit_one_cycle','fit_flat_cos')
-    if name not in allowed:
-        raise ValueError(f"fit.schedule of the recipe must be one of {', '.join(allowed)}, got {name!r}")
-    return name
 
 @contextmanager
 def _saying_which(given, arch=None):
@@ -331,7 +322,7 @@ def _own_stats(dls, n_in):
 def _fill_recipe(recipe, given, learner, n_in, own_opt, stats=None):
     "A copy of `recipe` with what the batch knows and what is given"
     recipe = Recipe({g: {} for g in (*given,'opt','fit')} | recipe, getattr(recipe, 'reasons', {}))
-    if own_opt: recipe.drop('opt', 'wd').drop('fit', 'lr').drop('fit', 'schedule')
+    if own_opt: recipe.drop('opt', 'wd').drop('fit', 'lr')
     recipe.put('encoder', 'n_in', n_in, 'channels of a batch')
     if stats is not None: recipe.put('augs', 'stats', stats, 'of the images themselves')
     elif 'stats' in recipe['augs']: pass  # a run goes on as it began
@@ -362,7 +353,6 @@ def pretrain_learner(
     callback:dict|None=None, # Arguments of the method's callback
     n_classes:int|None=None, # How many kinds of images are expected, for the recipe
     recipe:dict|None=None, # Settings by the function that takes them, instead of those of the method's recipe
-    n_epoch:int|None=None, # Length of the fit, if it is decided, for the recipe: see `Learner.fit_recipe`
     bf16:bool|None=None, # Train in bfloat16 mixed precision; None: where the hardware is fast at it
     cbs=None, # More callbacks
     init=None, # Start from trained weights: 'timm' for published ones, a run or a file; True: `arch` has them
@@ -379,8 +369,6 @@ def pretrain_learner(
     parts = method_named(method)
     given = _sort_settings(method, kwargs)
     if recipe is not None: _check_recipe(method, recipe)
-    if n_epoch is not None and not (_is_number(n_epoch, 1) and isinstance(n_epoch, int)):
-        raise ValueError(f"n_epoch must be a whole number, at least 1, got {n_epoch!r}")
     for g,settings in {'encoder': encoder, 'model': model, 'augs': augs, method: callback}.items():
         given[g].update(settings or {})
     learner,n_images = (recipe or {}).get('learner', {})|given.pop('learner'),len(dls.train.dataset)
@@ -395,14 +383,13 @@ def pretrain_learner(
     start,own_recipe = start_of(init, arch, given['encoder']),recipe is None
     if recipe is None:
         data = dict(n_images=n_images, bs=bs, image_size=size, n_classes=n_classes, world_size=n_proc)
-        recipe = _own_recipe(parts, given, n_epoch, **data)
+        recipe = _own_recipe(parts, given, **data)
     elif n_classes is not None:
         raise ValueError(f"n_classes is for {method}_recipe: give it or recipe, not both, got {n_classes}")
     arch,recipe = _started(start, arch, recipe, given, own_recipe, n_in)
     own_stats = _own_stats(dls, n_in)
     decided = own_stats is not None or 'stats' in {**recipe.get('augs', {}), **given['augs']}
     recipe = _fill_recipe(recipe, given, learner, n_in, own_opt, own_stats)
-    if n_epoch is not None: recipe.put('fit', 'n_epoch', n_epoch, 'given')
     enc = _create_encoder(arch, recipe, given['encoder'])
     if start is not None:
         stats = start.stats or getattr(enc, 'settings', {}).get('stats')
@@ -426,24 +413,6 @@ def pretrain_learner(
     if x.device.type=='cpu': to_channels_last(learn.model)
     if is_fast(torch.bfloat16, x.device) if bf16 is None else bf16: learn.to_bf16(force=bool(bf16))
     return learn
-
-@patch
-def fit_recipe(self:Learner,
-    **kwargs # Arguments of the schedule, such as `cbs`
-):
-    """Fit for the epochs of `learn.recipe` and with its schedule: one cycle, where it names none
-
-    A `ValueError` says that the Learner has no recipe, or that of a paper, for a schedule with arguments of its own.
-
-        swav_learner(dls, 'resnet18', n_epoch=40).fit_recipe()
-    """
-    recipe = getattr(self, 'recipe', {})
-    fit = recipe.get('fit', {})
-    if 'n_epoch' not in fit: raise ValueError(f"learn.recipe must say how many epochs, got {dict(fit)}")
-    if own := [o for o in fit if o not in ('n_epoch','lr','schedule')]:
-        raise ValueError(f"learn.recipe must have no arguments of one schedule, got {', '.join(own)}: "
-                         "give recipe['fit'] to that schedule, such as fit_warmup_cos")
-    getattr(self, _schedule(recipe))(fit['n_epoch'], **kwargs)
 
 @use_kwargs_dict(keep=True, **dict.fromkeys(n for names in setting_groups('swav').values() for n in names))
 @delegates(pretrain_learner, but=['method','callback'])

@@ -246,7 +246,6 @@ def moco_recipe(
     n_classes=None, # Not used: MoCo has no prototypes
     world_size=1, # Processes that train together
     version=2, # 1 or 2: of which paper
-    n_epoch=None, # Length of the fit, if it is decided; the momentum follows it
 ): # Keyword arguments, by the function that takes them, with their reasons
     """Hyper-parameters of MoCo for a data set
 
@@ -257,7 +256,7 @@ def moco_recipe(
     """
     _check_version(version)
     group = f'mocov{version}'
-    r = common_recipe(group, n_images, bs, image_size, n_classes, world_size, n_epoch)
+    r = common_recipe(group, n_images, bs, image_size, n_classes, world_size)
     put_two_crops(r)
     batch = bs*world_size
     r.put('model', 'nlayers', version, f"{'a linear projector' if version==1 else 'two layers'}, as in version "

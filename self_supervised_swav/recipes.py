@@ -227,7 +227,6 @@ def _shorter_side(image_size):
 
 def _is_few(n_images): return n_images<100_000
 def _is_reduced(size): return 64<=size<128  # crops are computed at less than the resolution of the images
-def _usual_epochs(steps): return max(20, min(200, math.ceil(4000/steps)))
 
 def _put_lr(r, batch, of_64):
     "A learning rate for Adam by the square root rule, from that of a batch of 64"
@@ -246,14 +245,12 @@ def common_recipe(
     image_size, # Height and width of the images, or both as a tuple
     n_classes=None, # How many kinds of images are expected
     world_size=1, # Processes that train together
-    n_epoch=None, # Length of the fit, if it is decided
 ) -> Recipe: # Keyword arguments, by the function that takes them, with their reasons
     "What the recipes of all methods share; the group `method` is empty"
     size = _shorter_side(image_size)
     for name,value,least in (('n_images',n_images,2), ('bs',bs,2), ('world_size',world_size,1)):
         _check_at_least(name, value, least)
-    for name,value in (('n_classes',n_classes), ('n_epoch',n_epoch)):
-        if value is not None: _check_at_least(name, value, 1)
+    if n_classes is not None: _check_at_least('n_classes', n_classes, 1)
     batch = bs*world_size
     if batch>n_images:
         raise ValueError(f"bs must be at most n_images/world_size = {n_images//world_size}, got {bs}: "
@@ -279,13 +276,10 @@ def common_recipe(
     _put_crops(r, size, few, tiny)
 
     r.put('opt', 'wd', 0.01, "Adam's default in fastai, decoupled")
-    _put_epochs(r, n_epoch, _usual_epochs(steps), steps)
+    n_epoch = max(20, min(200, math.ceil(4000/steps)))
+    r.put('fit', 'n_epoch', n_epoch, f'{n_epoch*steps:,} steps; longer training usually helps')
     _put_lr(r, batch, 1e-3)
     return r
-
-def _put_epochs(r, given, usual, steps, why=''):
-    if given is None: r.put('fit', 'n_epoch', usual, f'{usual*steps:,} steps{why}; longer training usually helps')
-    else: r.put('fit', 'n_epoch', given, 'given')
 
 def _put_crops(r, size, few, tiny):
     "Crops that show enough of an image of `size` pixels"
@@ -325,7 +319,6 @@ def swav_recipe(
     world_size=1, # Processes that train together
     n_protos=None, # Number of prototypes, if it is decided; the queue follows it
     pretrained=False, # Go on from published weights? See `continued`
-    n_epoch=None, # Length of the fit, if it is decided; rate and schedule follow it
 ) -> Recipe: # Keyword arguments, by the function that takes them, with their reasons
     """Hyper-parameters of SwAV for a data set
 
@@ -334,10 +327,10 @@ def swav_recipe(
         print(swav_recipe(n_images=10_000, bs=64, image_size=160))
     """
     if n_protos is not None: _check_at_least('n_protos', n_protos, 2)
-    r = common_recipe('swav', n_images, bs, image_size, n_classes, world_size, n_epoch)
+    r = common_recipe('swav', n_images, bs, image_size, n_classes, world_size)
     batch = bs*world_size
     size = _shorter_side(image_size)
-    if 5000<=n_images<100_000 and 24<=size<64: _put_measured(r, n_images, size, batch, n_epoch)
+    if 5000<=n_images<100_000 and 24<=size<64: _put_measured(r, n_images, size, batch)
     if size<24 or _is_reduced(size):
         why = f'two large crops alone: a part of an image of {size} px shows too little'
         r.put('augs', 'num_crops', (2,0), f'{why}, and takes half of the time')
@@ -371,23 +364,19 @@ def swav_recipe(
     r.put('swav', 'freeze_protos_pct', 0.05, 'the encoder adapts to fixed prototypes in the first twentieth of the fit')
     return continued(r) if pretrained else r
 
-def _put_measured(r, n_images, size, batch, n_epoch):
+def _put_measured(r, n_images, size, batch):
     "What was better than the rules of all methods in as much time: see `benchmarks/levers.py`"
     r.put('augs', 'gamma', True, 'a power of the brightness beside the jitter was better than twice the jitter')
     why = 'two large crops alone: four small ones cost as much again, and twice the steps are worth more'
     r.put('augs', 'num_crops', (2,0), why)
-    steps = n_images//batch
-    _put_epochs(r, n_epoch, 2*_usual_epochs(steps), steps, ', each half as long without small crops')
+    n_epoch = 2*r['fit']['n_epoch']
+    r.put('fit', 'n_epoch', n_epoch, f'{n_epoch*(n_images//batch):,} steps, each half as long without small crops; '
+                                     'longer training usually helps')
     sizes = round(size*5/7),round(size/2)
     r.put('augs', 'crop_sizes', sizes, f'5/7 and 1/2 of the {size} px of the images: '
           f'half the pixels to compute, and whole images at {size} px show things as large as these crops do')
     r.put('features', 'size', size, 'whole images keep their size when features are extracted')
-    n_steps = steps*r['fit']['n_epoch']
-    short = n_steps<4000
-    _put_lr(r, batch, 4e-3 if short else 2e-3)
-    if short: r.put('fit', 'schedule', 'fit_flat_cos',
-                    f'{n_steps:,} steps are few: a high rate that falls in the last quarter alone was better with few '
-                    'labels than one cycle; in five times the time it was worse')
+    _put_lr(r, batch, 2e-3)
 
 def _wanted_protos(n_images, n_classes):
     "Number of prototypes for a data set, and why"

@@ -411,7 +411,7 @@ class PretrainRun:
         with self._in_settings_words():
             with nullcontext() if trial_bs is None else redirect_stdout(io.StringIO()):
                 learn = pretrain_learner(dls, a.arch or 'resnet18', a.method, encoder, cbs=cbs, recipe=self.recipe,
-                                         n_epoch=a.epochs, init=self._init, **flips | given)
+                                         init=self._init, **flips | given)
         if learn.recipe.get('start') and trial_bs is None:
             learn.save_encoder.more['size'] = max(self.size, *learn.recipe['augs']['crop_sizes'])
         learn.recipe.reasons |= dict.fromkeys(chosen, f'chosen for {a.source}')
@@ -434,8 +434,8 @@ class PretrainRun:
                 f"of {n:,} parameters; {self.epochs} epochs of {len(dls.train)//self.n_ranks} batches on "
                 f"{dls.device or 'cpu'}{self._ranks_text()}")
         if self.extends:
-            text += (f"\nThe finished {self.epochs-self.extends} epochs go on with {self.extends} more: the schedule "
-                     "of the learning rate runs once more, and nothing else of the beginning of a fit is repeated")
+            text += (f"\nThe finished {self.epochs-self.extends} epochs go on with {self.extends} more: the learning "
+                     "rate rises and falls once more, and nothing that belongs to the beginning of a fit is repeated")
         return f"{text}\n\n{learn.recipe}"
 
     def _ranks_text(self):
@@ -461,7 +461,7 @@ class PretrainRun:
         if not tty: learn.logger = EpochLines(learn)
         try:
             with stop_on_signals(learn) as came, nullcontext() if tty else learn.no_bar(), self._distributed(learn):
-                learn.fit_recipe()
+                learn.fit_one_cycle(self.epochs)
         except BaseException as e:
             if first and isinstance(e, TrainingStopped): learn.save_encoder.save()
             elif first and not (self.args.resume or (self.out/'last.pth').exists()): self._undo(made)

@@ -170,7 +170,6 @@ def simclr_recipe(
     image_size, # Height and width of the images, or both as a tuple
     n_classes=None, # Not used: SimCLR has no prototypes
     world_size=1, # Processes that train together
-    n_epoch=None, # Length of the fit, if it is decided
 ): # Keyword arguments, by the function that takes them, with their reasons
     """Hyper-parameters of SimCLR for a data set
 
@@ -179,7 +178,7 @@ def simclr_recipe(
         r = simclr_recipe(n_images=50_000, bs=256, image_size=224)
         r['opt'],r.reasons['opt.wd']
     """
-    r = common_recipe('simclr', n_images, bs, image_size, n_classes, world_size, n_epoch)
+    r = common_recipe('simclr', n_images, bs, image_size, n_classes, world_size)
     put_two_crops(r)
     r.put('simclr', 'temp', 0.1, 'as in the paper for ImageNet; 0.5 is its choice for CIFAR-10')
     return r

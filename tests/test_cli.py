@@ -121,7 +121,7 @@ def test_a_finished_run_is_extended(photos, tmp_path, command, monkeypatch):
         m.setattr(runs, 'TimeLeft', Terminated)
         code,said,err = go('--resume', '--extend', 2)
     assert code==143 and err.splitlines()[-1].endswith('--resume') and len(lines())==2
-    assert 'The finished 1 epochs go on with 2 more: the schedule of the learning rate runs once more' in said
+    assert 'The finished 1 epochs go on with 2 more: the learning rate rises and falls once more' in said
     code,_,err = go('--resume', '--extend', 2)
     assert code==2 and '--extend is for a finished run, but' in err and 'at epoch 2 of 3' in err
     assert go('--resume')[0]==0 and lines()[0]==first[0] and len(lines())==3

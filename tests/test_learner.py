@@ -172,33 +172,6 @@ def test_recipe_of_another_run_is_taken_whole():
     assert learn.swav.eps==.07 and learn.lr==r['fit']['lr']==4e-3
     assert learn.recipe['model']['n_protos']==12 and r['model']['n_protos']==20
 
-def test_a_short_fit_has_its_rate_and_schedule():
-    r = swav_recipe(10_000, 64, 28, n_epoch=4)
-    learn = make(recipe=r, crop_sizes=(16,10))
-    learn.fit_recipe()
-    lrs = learn.recorder.lrs
-    assert len(lrs)==4*len(learn.dls.train) and set(lrs[:len(lrs)*3//4])=={4e-3} and lrs[-1]<4e-3  # fit_flat_cos
-
-@pytest.mark.parametrize('method', [*learner.methods])
-def test_a_length_is_that_of_the_fit(method):
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of so few images
-        learn = pretrain_learner(digits(60), 'resnet18', method, encoder=small, n_epoch=2)
-    assert learn.recipe['fit']['n_epoch']==2 and learn.recipe.reasons['fit.n_epoch']=='given'
-    with learn.no_bar(), learn.no_logging(): learn.fit_recipe(start_epoch=1)
-    whole = len(learn.dls.train)
-    assert learn.n_epoch==2 and len(learn.recorder.lrs)==whole
-    with pytest.raises(ValueError, match='n_epoch must be a whole number, at least 1, got 2.5'):
-        pretrain_learner(digits(60), 'resnet18', method, encoder=small, n_epoch=2.5)
-
-def test_a_recipe_fits_with_a_schedule_and_with_nothing_else():
-    "A recipe may come from a file: no other method of a Learner is called by its name"
-    for name in ('export','remove_cbs','fit_sgdr',None,7):
-        with pytest.raises(ValueError, match='fit.schedule of the recipe must be one of fit, fit_one_cycle'):
-            make(recipe=swav_recipe(300, 16, 16).override(fit=dict(schedule=name)))
-    with pytest.raises(ValueError, match='must have no arguments of one schedule, got warmup:'):
-        make(recipe=swav_recipe(300, 16, 16).override(fit=dict(warmup=1))).fit_recipe()
-
 @pytest.mark.parametrize('arch,sizes', [
     ('vit_tiny_patch16_224',(16,8)), (torchvision.models.resnet18,(16,10)), ('xresnet18',(16,10)),
     ('convnext_atto',(16,10))])

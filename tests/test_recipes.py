@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from fuzz import fuzz
 from self_supervised_swav.augment import get_swav_aug_pipelines
 from self_supervised_swav.learner import setting_groups
-from self_supervised_swav.moco import moco_recipe
 from self_supervised_swav.multiview import method_named
 from self_supervised_swav.recipes import Recipe, paper_recipe, swav_recipe
 from self_supervised_swav.swav import SWAV
@@ -55,20 +54,10 @@ def test_learning_rate_follows_the_root_of_all_images_of_a_step():
     assert lr(bs=256)==pytest.approx(2*lr(bs=64), rel=.05)
     assert lr(bs=64, world_size=4)==lr(bs=256)
 
-def test_short_fits_have_a_higher_rate_that_stays():
-    def fit(n, n_epoch, size=28, bs=64, **kw): return swav_recipe(n, bs, size, n_epoch=n_epoch, **kw)['fit']
-    flat = dict(lr=4e-3, schedule='fit_flat_cos')
-    assert fit(10_000, 25)==dict(n_epoch=25, **flat) and fit(10_000, 26)==dict(n_epoch=26, lr=2e-3)  # 156 steps each
-    assert fit(10_000, 12, bs=16, world_size=4)==dict(n_epoch=12, **flat)
-    assert all('schedule' not in fit(*o) for o in ((4999,12,28),(10_000,12,64),(10_000,12,16),(10_000,None,28)))
-
 def test_the_reason_of_a_rate_says_where_it_ends():
     r = {bs: swav_recipe(10_000, bs, 28) for bs in (16,64,512)}
     assert [o['fit']['lr'] for o in r.values()]==pytest.approx([1e-3,2e-3,4e-3])
     assert ['at most' in o.reasons['fit.lr'] for o in r.values()]==[False,False,True]
-
-def test_momentum_of_moco_follows_the_length_of_the_fit():
-    assert [moco_recipe(64_000, 64, 224, n_epoch=n)['mocov2']['m'] for n in (49,50)]==[.99,.999]
 
 def test_processes_share_prototypes_and_queue():
     one,four = swav_recipe(10**5, 256, 64, 100),swav_recipe(10**5, 64, 64, 100, world_size=4)
