@@ -100,28 +100,22 @@ class CropsFirst(Callback):
         self.usual = self.learn.swav.aug_pipelines
         aug = self.usual[0].fs[0].aug
         settings = dict(size=self.learn.swav.views.sizes[0]) | aug.settings | self.settings
-        first = BatchAugment(type(aug)(**settings))
-        self.first = [Pipeline([first], split_idx=0) for _ in self.usual]
+        other = BatchAugment(type(aug)(**settings))
+        self.first,self.then = self.parts([Pipeline([other], split_idx=0) for _ in self.usual])
+    def parts(self, others): return others,self.usual
     def before_batch(self):
-        self.learn.swav.aug_pipelines = self.first if self.learn.pct_train<self.pct else self.usual
+        self.learn.swav.aug_pipelines = self.first if self.learn.pct_train<self.pct else self.then
     def after_fit(self): self.learn.swav.aug_pipelines = self.usual
 
-class SmallLate(Callback):
-    "Two small crops more in the last part of a fit"
-    order = 9
-    def __init__(self, pct=.6, size=14, area=(.15,.51)): self.pct,self.size,self.area = pct,size,area
-    def before_fit(self):
-        self.usual = self.learn.swav.aug_pipelines
-        aug = self.usual[0].fs[0].aug
-        small = BatchAugment(type(aug)(**aug.settings | dict(size=self.size, scale=self.area)))
-        self.more = [*self.usual, *(Pipeline([small], split_idx=0) for _ in range(2))]
-    def before_batch(self):
-        self.learn.swav.aug_pipelines = self.usual if self.learn.pct_train<self.pct else self.more
-    def after_fit(self): self.learn.swav.aug_pipelines = self.usual
+class MoreLate(CropsFirst):
+    "As many crops of other settings beside the usual ones in the last part of a fit"
+    def parts(self, others): return self.usual,[*self.usual, *others]
 
 class BatchGrows(Callback):
     "Batches of half the size in the first half of the epochs, of twice the size in the second"
-    def before_epoch(self): self.dls.train.bs = [32,128][self.epoch>=self.n_epoch/2]
+    def before_fit(self): self.bs = self.dls.train.bs
+    def before_epoch(self): self.dls.train.bs = 2*self.bs if self.epoch>=self.n_epoch/2 else self.bs//2
+    def after_fit(self): self.dls.train.bs = self.bs
 
 class CodesOfAverage(Callback):
     "Codes by a moving average of the model"
@@ -234,7 +228,8 @@ of_two = { # what else is tried with two crops alone
     'milder first': dict(cbs=[partial(CropsFirst, gamma_p=.4, jitter=(.2,.2,.2,.05))]),
     'with 2 small crops': dict(set=dict(num_crops=(2,2)), epochs=.67),
     'with 8 small crops': dict(set=dict(num_crops=(2,8)), epochs=.34),
-    'small crops late': dict(cbs=[SmallLate], epochs=.84), 'batch grows': dict(cbs=[BatchGrows]),
+    'small crops late': dict(cbs=[partial(MoreLate, size=14, scale=(.15,.51))], epochs=.84),
+    'batch grows': dict(cbs=[BatchGrows]),
     'codes of an average': dict(cbs=[CodesOfAverage]),
     'eps falls': dict(cbs=[partial(EpsOver, .08, .03)]), 'eps rises': dict(cbs=[partial(EpsOver, .03, .08)]),
     'prototypes apart': dict(cbs=[KoLeo]), 'prototypes on their own': dict(cbs=[OwnProtos]),
@@ -264,7 +259,7 @@ of_two = { # what else is tried with two crops alone
     'areas from 0.3': dict(set=dict(min_scales=(.3,.15)))}
 levers |= of_two
 for _name in (*of_two, 'jitter 3x', 'temp 0.2', 'eps 0.05', '4x prototypes', 'prototypes by k-means',
-              'averaged weights', 'lr 2x', '8 small crops', 'frozen less'):
+              'averaged weights', 'lr 2x', 'frozen less'):
     levers[f'now {_name}'] = together(*_now, _name)
     levers[f'gamma {_name}'] = together(*_now, 'gamma first', _name)
 for _name in ('flat, then cosine', 'warm-up, then cosine'):
